@@ -1,0 +1,69 @@
+"""Pixels of one DICOM file as Hounsfield units."""
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom import uid
+from pydicom.dataset import FileDataset
+
+from models.ct.errors import UndecodableSlice
+
+NATIVE = "pydicom"
+
+# Which plugin decodes which transfer syntax: the fastest of those with a licence that is not GPL (docs/decisions/0003).
+DECODERS: dict[str, str] = {
+    uid.ImplicitVRLittleEndian: NATIVE,
+    uid.ExplicitVRLittleEndian: NATIVE,
+    uid.ExplicitVRBigEndian: NATIVE,
+    uid.DeflatedExplicitVRLittleEndian: NATIVE,
+    uid.RLELossless: "pylibjpeg",
+    uid.JPEGBaseline8Bit: "gdcm",
+    uid.JPEGExtended12Bit: "gdcm",
+    uid.JPEGLossless: "gdcm",
+    uid.JPEGLosslessSV1: "gdcm",
+    uid.JPEGLSLossless: "pyjpegls",
+    uid.JPEGLSNearLossless: "pyjpegls",
+    uid.JPEG2000Lossless: "gdcm",
+    uid.JPEG2000: "gdcm",
+    uid.HTJ2KLossless: "pylibjpeg",
+    uid.HTJ2KLosslessRPCL: "pylibjpeg",
+    uid.HTJ2K: "pylibjpeg",
+}
+
+# Larger than any scanner writes; a few header bytes must not be able to ask for gigabytes.
+MAX_PIXELS = 4096 * 4096
+
+
+def read_hu(path: Path) -> NDArray[np.float32]:
+    """The slice's (rows, columns) in HU: stored value times slope plus intercept (PS3.3 C.11.1.1.2).
+
+    Raises UndecodableSlice where the file has no pixels, or its decoder cannot read them.
+    """
+    try:
+        stored = _stored_values(pydicom.dcmread(path, force=True))
+    except UndecodableSlice:
+        raise
+    except Exception as error:  # decoders raise whatever their C library reports
+        raise UndecodableSlice(f"{type(error).__name__} while decoding") from error
+    return stored
+
+
+def _stored_values(dataset: FileDataset) -> NDArray[np.float32]:
+    syntax = dataset.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
+    if "PixelData" not in dataset:
+        raise UndecodableSlice("no PixelData, expected a CT slice")
+    if dataset.Rows * dataset.Columns > MAX_PIXELS:
+        raise UndecodableSlice(f"{dataset.Rows} x {dataset.Columns} pixels, expected at most {MAX_PIXELS}")
+    if (decoder := DECODERS.get(syntax)) is None:
+        raise UndecodableSlice(f"no decoder for transfer syntax {syntax}")
+    if decoder != NATIVE:
+        dataset.pixel_array_options(decoding_plugin=decoder)
+    pixels = dataset.pixel_array
+    if pixels.shape != (dataset.Rows, dataset.Columns):
+        raise UndecodableSlice(f"decoded to {pixels.shape}, expected ({dataset.Rows}, {dataset.Columns})")
+    hu = pixels.astype(np.float32)
+    hu *= np.float32(dataset.get("RescaleSlope", 1.0) or 1.0)
+    hu += np.float32(dataset.get("RescaleIntercept", 0.0) or 0.0)
+    return hu

@@ -1,0 +1,59 @@
+"""The header of one DICOM file: the few elements that decide what it is and where it lies."""
+
+from pathlib import Path
+
+import pydicom
+from pydicom import config, uid
+from pydicom.dataset import FileDataset
+
+# pydicom's warnings quote the value they complain of, and a value may be a patient's.
+config.settings.reading_validation_mode = config.IGNORE
+
+HEADER_TAGS = [
+    "AcquisitionNumber",
+    "BitsAllocated",
+    "Columns",
+    "ConvolutionKernel",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "ImageType",
+    "InstanceNumber",
+    "LossyImageCompression",
+    "Modality",
+    "NumberOfFrames",
+    "PatientID",
+    "PhotometricInterpretation",
+    "PixelSpacing",
+    "RescaleIntercept",
+    "RescaleSlope",
+    "Rows",
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "SamplesPerPixel",
+    "SeriesInstanceUID",
+    "StudyInstanceUID",
+]
+
+PIXEL_DATA = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # tag (7FE0,0010) in either byte order
+
+
+class NotDicom(Exception):
+    """The file is not a readable DICOM object; the message says what it lacks."""
+
+
+def read_header(path: Path) -> FileDataset:
+    """The elements of HEADER_TAGS. Rows is removed where no PixelData follows. Raises NotDicom."""
+    with path.open("rb") as file:
+        marked = file.read(132)[128:] == b"DICM"  # PS3.10 7.1; older exports lack it and are read all the same
+        file.seek(0)
+        try:
+            header = pydicom.dcmread(file, specific_tags=[*HEADER_TAGS], stop_before_pixels=True, force=True)
+            named = "SOPInstanceUID" in header
+        except Exception as error:  # arbitrary bytes make pydicom raise anything
+            raise NotDicom(f"{type(error).__name__} while reading it as DICOM") from error
+        if not marked and not named:
+            raise NotDicom("no DICM marker at byte 128 and no SOPInstanceUID, expected a DICOM file")
+        deflated = header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
+        if not deflated and file.read(4) not in PIXEL_DATA and "Rows" in header:
+            del header.Rows
+    return header

@@ -1,0 +1,214 @@
+"""One CT series: its axial slices from feet to head, and the verdict on its geometry."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydicom import uid
+from pydicom.dataset import FileDataset
+
+from models.ct.decode import DECODERS
+from models.ct.screening import Reason, SetAside, numbers, screened_header, slice_normal, tilt_degrees
+
+SAME_POSITION_MM = 0.05  # closer than any scanner reconstructs; headers round to 0.01 mm
+UNEVEN = 0.1  # a step that differs from the median by more than this share is uneven
+MISSING = 1.5  # a step of more than this many medians hides at least one slice
+TILTED_DEGREES = 1.0  # below it, header rounding
+SAME_ORIENTATION_DEGREES = 1.0
+
+
+@dataclass(frozen=True)
+class CTSlice:
+    """What ordering needs of one slice's header."""
+
+    path: Path
+    sop_uid: str
+    z_mm: float  # ImagePositionPatient along the normal that points to the head
+    normal: tuple[float, float, float]
+    rows: int
+    columns: int
+    pixel_spacing_mm: tuple[float, float] | None  # between rows, between columns
+    slope: float | None
+    intercept: float | None
+    kernel: str
+    acquisition: int
+    instance: int
+    decoder: str
+    lossy: bool
+
+
+class Status(StrEnum):
+    ACCEPTED = "accepted"
+    ACCEPTED_WITH_WARNINGS = "accepted_with_warnings"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One machine-readable reason of a verdict, with the numbers found."""
+
+    code: str
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    status: Status
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class CTSeries:
+    slices: tuple[CTSlice, ...]  # feet to head
+    set_aside: tuple[tuple[str, SetAside], ...]  # file name and reason
+
+    def without(self, undecodable: dict[str, SetAside]) -> "CTSeries":
+        """The series with these slices, named by SOPInstanceUID, set aside too."""
+        kept = tuple(each for each in self.slices if each.sop_uid not in undecodable)
+        dropped = tuple(
+            (each.path.name, undecodable[each.sop_uid]) for each in self.slices if each.sop_uid in undecodable
+        )
+        return replace(self, slices=kept, set_aside=self.set_aside + dropped)
+
+    @property
+    def spacing_mm(self) -> float | None:
+        """The median step between slices, or None for a single slice."""
+        return float(np.median(self._steps())) if len(self.slices) > 1 else None
+
+    def geometry(self) -> dict[str, Any]:
+        """The numbers a reader checks first, as JSON."""
+        first = self.slices[0]
+        return {
+            "slices": len(self.slices),
+            "rows": first.rows,
+            "columns": first.columns,
+            "pixel_spacing_mm": first.pixel_spacing_mm,
+            "slice_spacing_mm": self.spacing_mm and round(self.spacing_mm, 4),
+            "z_mm": [self.slices[0].z_mm, self.slices[-1].z_mm],
+            "tilt_degrees": round(tilt_degrees(np.array(first.normal)), 2),
+            "kernels": sorted({each.kernel for each in self.slices}),
+        }
+
+    def verdict(self) -> Verdict:
+        """Accepted, accepted with warnings, or rejected; each reason with what was found."""
+        if not self.slices:
+            return Verdict(Status.REJECTED, (Finding("no_usable_slices", {"set_aside": len(self.set_aside)}),))
+        findings = [*self._spacing_findings(), *self._mixture_findings(), *self._source_findings()]
+        return Verdict(Status.ACCEPTED_WITH_WARNINGS if findings else Status.ACCEPTED, tuple(findings))
+
+    def _steps(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.diff([each.z_mm for each in self.slices])
+
+    def _spacing_findings(self) -> Iterable[Finding]:
+        if len(self.slices) < 2:
+            yield Finding("single_slice")
+            return
+        steps, spacing = self._steps(), float(np.median(self._steps()))
+        missing = np.flatnonzero(steps > MISSING * spacing)
+        if len(missing):
+            gaps = [{"after_slice": int(k), "gap_mm": round(float(steps[k]), 3)} for k in missing]
+            yield Finding("missing_slices", {"gaps": gaps, "expected_mm": round(spacing, 3)})
+        present = steps[steps <= MISSING * spacing]
+        if np.any(np.abs(present - spacing) > UNEVEN * spacing):
+            found = {"min_mm": round(float(present.min()), 3), "max_mm": round(float(present.max()), 3)}
+            yield Finding("uneven_spacing", {**found, "expected_mm": round(spacing, 3)})
+
+    def _mixture_findings(self) -> Iterable[Finding]:
+        tilt = tilt_degrees(np.array(self.slices[0].normal))
+        if tilt > TILTED_DEGREES:
+            yield Finding("tilted", {"degrees": round(tilt, 2)})
+        sizes = Counter((each.rows, each.columns) for each in self.slices)
+        if len(sizes) > 1:
+            yield Finding("mixed_sizes", {f"{rows}x{columns}": n for (rows, columns), n in sizes.items()})
+        kernels = Counter(each.kernel for each in self.slices)
+        if len(kernels) > 1:
+            yield Finding("mixed_kernels", dict(kernels))
+
+    def _source_findings(self) -> Iterable[Finding]:
+        reasons = Counter(each.reason for _, each in self.set_aside)
+        if reasons:
+            yield Finding("slices_set_aside", {str(reason): n for reason, n in reasons.items()})
+        if unscaled := sum(each.slope is None or each.intercept is None for each in self.slices):
+            yield Finding("missing_rescale", {"slices": unscaled, "assumed": "slope 1, intercept 0"})
+        if lossy := sum(each.lossy for each in self.slices):
+            yield Finding("lossy_source", {"slices": lossy})
+
+
+def read_series(paths: Iterable[Path]) -> CTSeries:
+    """The series in these DICOM files, from their headers alone; without slices where none is usable."""
+    slices: list[CTSlice] = []
+    set_aside: list[tuple[str, SetAside]] = []
+    for path in sorted(paths):
+        header = screened_header(path)
+        if isinstance(header, SetAside):
+            set_aside.append((path.name, header))
+        else:
+            slices.append(_slice(path, header))
+    ordered, dropped = _order(slices)
+    return CTSeries(tuple(ordered), tuple(set_aside + dropped))
+
+
+def _slice(path: Path, header: FileDataset) -> CTSlice:
+    orientation, position = numbers(header, "ImageOrientationPatient", 6), numbers(header, "ImagePositionPatient", 3)
+    assert orientation is not None and position is not None  # screen() has checked both
+    normal = slice_normal(orientation)
+    spacing, slope, intercept = (
+        numbers(header, "PixelSpacing", 2),
+        numbers(header, "RescaleSlope", 1),
+        numbers(header, "RescaleIntercept", 1),
+    )
+    return CTSlice(
+        path=path,
+        sop_uid=str(header.SOPInstanceUID),
+        z_mm=round(float(position @ normal), 4),
+        normal=(float(normal[0]), float(normal[1]), float(normal[2])),
+        rows=int(header.Rows),
+        columns=int(header.Columns),
+        pixel_spacing_mm=None if spacing is None else (float(spacing[0]), float(spacing[1])),
+        slope=None if slope is None else float(slope[0]),
+        intercept=None if intercept is None else float(intercept[0]),
+        kernel="/".join(_texts(header.get("ConvolutionKernel"))),
+        acquisition=_integer(header.get("AcquisitionNumber")),
+        instance=_integer(header.get("InstanceNumber")),
+        decoder=DECODERS[header.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)],
+        lossy=str(header.get("LossyImageCompression", "")) == "01",
+    )
+
+
+def _order(slices: Sequence[CTSlice]) -> tuple[list[CTSlice], list[tuple[str, SetAside]]]:
+    """Feet to head by position, never by InstanceNumber; one orientation, one slice per position."""
+    if not slices:
+        return [], []
+    dropped: list[tuple[str, SetAside]] = []
+    common = np.array(Counter(each.normal for each in slices).most_common(1)[0][0])
+    ordered: list[CTSlice] = []
+    for each in sorted(slices, key=lambda each: (each.z_mm, each.acquisition, each.instance, each.sop_uid)):
+        angle = float(np.degrees(np.arccos(np.clip(np.dot(each.normal, common), -1.0, 1.0))))
+        if angle > SAME_ORIENTATION_DEGREES:
+            detail = f"{angle:.1f} degrees from most slices of the series"
+            dropped.append((each.path.name, SetAside(Reason.ORIENTATION_DIFFERS, detail)))
+        elif ordered and each.z_mm - ordered[-1].z_mm < SAME_POSITION_MM:
+            detail = f"another slice of the series lies at {ordered[-1].z_mm} mm too"
+            dropped.append((each.path.name, SetAside(Reason.DUPLICATE_POSITION, detail)))
+        else:
+            ordered.append(each)
+    return ordered, dropped
+
+
+def _texts(value: Any) -> list[str]:
+    """A multi-valued text element as a list; pydicom gives one value bare."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else [str(each) for each in value]
+
+
+def _integer(value: Any) -> int:
+    """An integer string, or 0 where the header holds none: it only breaks ties."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return 0

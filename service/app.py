@@ -1,0 +1,156 @@
+"""create_app(): opens the stores, mounts the routers, maps errors to statuses."""
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any, TypedDict
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service import errors
+from service.deps import EncoderNames, cached_heads
+from service.queue import Queue
+from service.routes import embeddings, encoders, heads, health, jobs, page, predictions, search, series
+from service.schemas import Problem
+from service.settings import Settings
+from service.storage.stores import open_stores
+
+# The only table from errors to statuses; the most derived class that is listed decides.
+STATUSES: dict[type[errors.KeysliceError], int] = {
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.UploadTooLarge: 413,
+    errors.BadRequest: 422,
+    errors.BrokerDown: 503,
+}
+
+PROBLEM = "application/problem+json"
+PROBLEM_CONTENT = {"schema": {"$ref": "#/components/schemas/Problem"}}
+
+log = logging.getLogger(__name__)
+
+
+class State(TypedDict):
+    settings: Any
+    stores: Any
+    queue: Any
+    encoders: Any
+    heads: Any
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The API over the stores of these settings; of the environment's where none are given."""
+    settings = settings or Settings()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        stores = await run_in_threadpool(open_stores, settings)
+        queue = Queue(settings, stores)
+        sweeper = asyncio.create_task(_sweep_for_ever(queue, settings.sweep_seconds))
+        yield {
+            "settings": settings,
+            "stores": stores,
+            "queue": queue,
+            "encoders": EncoderNames(settings),
+            "heads": cached_heads(stores),
+        }
+        sweeper.cancel()
+        queue.close()
+        stores.close()
+
+    app = FastAPI(
+        title="Keyslice",
+        summary="An embedding feature store for CT",
+        description="Research use only; not a medical device.",
+        version=version("keyslice"),
+        lifespan=lifespan,
+        responses={
+            "4XX": {"description": "What was found and what was expected", "content": {PROBLEM: PROBLEM_CONTENT}}
+        },
+    )
+    for router in (series, embeddings, predictions, search, heads, jobs, encoders, health, page):
+        app.include_router(router.router)
+    app.add_exception_handler(errors.KeysliceError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_bug)
+    _publish_problems(app)
+    return app
+
+
+async def _sweep_for_ever(queue: Queue, seconds: float) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await run_in_threadpool(queue.sweep)
+        except errors.BrokerDown as error:
+            log.warning("sweep: %s", error)
+        except Exception as error:  # a catalog that is away comes back; the sweep must be there then
+            log.error("sweep: %s", type(error).__name__)
+
+
+def _problem(status: int, kind: str, title: str, detail: str, found: Mapping[str, Any] | None = None) -> JSONResponse:
+    body = {"type": f"urn:keyslice:{kind}", "title": title, "status": status, "detail": detail, **(found or {})}
+    return JSONResponse(body, status, media_type=PROBLEM)
+
+
+async def _on_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, errors.KeysliceError)
+    status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+    title = (type(error).__doc__ or "").rstrip(".")
+    return _problem(status, _kebab(type(error).__name__), title, str(error), error.found)
+
+
+async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = [{"where": list(each["loc"]), "expected": each["msg"]} for each in error.errors()]
+    detail = "; ".join(f"{'.'.join(map(str, each['where']))}: {each['expected']}" for each in found)
+    return _problem(422, "invalid-request", "The request does not match the schema", detail, {"errors": found})
+
+
+async def _on_http(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    answer = _problem(error.status_code, _kebab(error.detail.title().replace(" ", "")), error.detail, error.detail)
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _on_disconnect(_: Request, __: Exception) -> JSONResponse:
+    return _problem(400, "client-disconnected", "The client went away", "the body ended early")
+
+
+async def _on_bug(_: Request, error: Exception) -> JSONResponse:
+    return _problem(500, "internal-error", "An error of ours", f"{type(error).__name__}; the log has its place")
+
+
+def _kebab(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
+
+
+def _publish_problems(app: FastAPI) -> None:
+    """The OpenAPI says what is really answered: problem+json, not FastAPI's own 422."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = original()
+            schemas = schema["components"]["schemas"]
+            schemas["Problem"] = Problem.model_json_schema()
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

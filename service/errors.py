@@ -1,0 +1,123 @@
+"""What can go wrong, as one tree. It knows nothing of HTTP; service/app.py maps it to statuses.
+
+KeysliceError
+├── NotFound
+│   ├── SeriesNotFound, PatientNotFound, StudyNotFound, SliceNotFound
+│   ├── EmbeddingNotFound, EncoderNotFound, WindowNotFound
+│   └── HeadNotFound, JobNotFound
+├── BadRequest
+│   ├── BadUpload            EmptyUpload, BadArchive, NothingUsable, UploadTooLarge
+│   ├── BadLabels
+│   └── BadQuery
+├── Conflict
+│   ├── NotEmbeddedYet, HeadNotReady
+│   ├── OtherEncoder
+│   └── WeightsNotHere
+└── BrokerDown
+"""
+
+from typing import Any
+
+
+class KeysliceError(Exception):
+    """Base of all. The message says what was found and expected, and never names a patient."""
+
+    def __init__(self, message: str, **found: Any) -> None:
+        super().__init__(message)
+        self.found = found  # machine-readable extras of the answer
+
+
+class NotFound(KeysliceError):
+    """Asked for something that is not there."""
+
+
+class SeriesNotFound(NotFound):
+    """No series of this UID."""
+
+
+class PatientNotFound(NotFound):
+    """No patient of this id."""
+
+
+class StudyNotFound(NotFound):
+    """The patient has no study of this UID."""
+
+
+class SliceNotFound(NotFound):
+    """The series has no slice of this number."""
+
+
+class EmbeddingNotFound(NotFound):
+    """The series was never embedded with this encoder."""
+
+
+class EncoderNotFound(NotFound):
+    """No encoder of this name."""
+
+
+class WindowNotFound(NotFound):
+    """No window of this name."""
+
+
+class HeadNotFound(NotFound):
+    """No head of this id."""
+
+
+class JobNotFound(NotFound):
+    """No job of this id."""
+
+
+class BadRequest(KeysliceError):
+    """What was sent cannot be used."""
+
+
+class BadUpload(BadRequest):
+    """The upload is not what it should be; nothing of it was kept."""
+
+
+class EmptyUpload(BadUpload):
+    """There was no file in it."""
+
+
+class BadArchive(BadUpload):
+    """An archive is broken, leads out of its directory, or expands too far."""
+
+
+class NothingUsable(BadUpload):
+    """Not one file was an axial CT slice."""
+
+
+class UploadTooLarge(BadUpload):
+    """More bytes or files than the limits allow."""
+
+
+class BadLabels(BadRequest):
+    """The labels table cannot train a head."""
+
+
+class BadQuery(BadRequest):
+    """The search cannot be answered as asked."""
+
+
+class Conflict(KeysliceError):
+    """Right in itself, but not in the present state."""
+
+
+class NotEmbeddedYet(Conflict):
+    """The series is still on its way."""
+
+
+class HeadNotReady(Conflict):
+    """The head is still being trained, or its training failed."""
+
+
+class OtherEncoder(Conflict):
+    """Embeddings of different encoders do not mix."""
+
+
+class WeightsNotHere(Conflict):
+    """The encoder's weights are not on this machine."""
+
+
+class BrokerDown(KeysliceError):
+    """The message broker does not answer."""

@@ -1,0 +1,108 @@
+"""Staged files to archived series: screened, counted, noted in the catalog."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models.ct.screening import Reason, SetAside, screened_header
+from service.archives import unpacked
+from service.errors import NothingUsable
+from service.settings import Settings
+from service.storage.catalog import Arrival
+from service.storage.stores import Stores
+from service.uploads import StagedFile
+
+SHOWN_WHEN_NOTHING_USABLE = 100  # files named in the error
+
+
+@dataclass(frozen=True)
+class NamedSetAside:
+    """A file of an upload that was not stored, under the name its sender gave it."""
+
+    file: str
+    reason: Reason
+    detail: str
+
+
+@dataclass
+class SeriesIntake:
+    """One series of an upload."""
+
+    series_uid: str
+    study_uid: str
+    patient_id: str
+    staged: list[tuple[str, Path]] = field(default_factory=list)  # SOPInstanceUID and file
+    received: int = 0  # instances that were new
+    duplicates: int = 0  # instances that were here already, or twice in the upload
+    set_aside: list[NamedSetAside] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Intake:
+    job_id: str
+    series: list[SeriesIntake]
+    set_aside: list[NamedSetAside]  # files that belong to none of the series
+
+
+def take_in(files: Iterable[StagedFile], folder: Path, encoder_id: str, stores: Stores, settings: Settings) -> Intake:
+    """Archive every axial CT slice among the files and ask for its series' embeddings.
+
+    Everything is unpacked and screened before the first file is archived, so a bad upload leaves
+    nothing behind. Raises BadArchive, UploadTooLarge, or NothingUsable with what was found.
+    """
+    every = _all_files(files, folder, settings)
+    groups, set_aside = _group(every, stores)
+    if not groups:
+        found = [vars(each) for each in set_aside[:SHOWN_WHEN_NOTHING_USABLE]]
+        message = f"none of {len(set_aside)} files is an axial CT slice"
+        raise NothingUsable(message, set_aside=found)
+    arrivals = [_archive(series, stores) for series in groups]
+    return Intake(stores.catalog.receive(arrivals, encoder_id), groups, set_aside)
+
+
+def _all_files(files: Iterable[StagedFile], folder: Path, settings: Settings) -> Iterator[StagedFile]:
+    for number, staged in enumerate(files):
+        inside = folder / f"unpacked-{number}"
+        inside.mkdir()
+        yield from unpacked(staged, inside, settings.max_upload_files, settings.max_expansion)
+
+
+def _group(files: Iterable[StagedFile], stores: Stores) -> tuple[list[SeriesIntake], list[NamedSetAside]]:
+    """Usable slices by series; a file set aside goes with its series where that has usable slices."""
+    groups: dict[str, SeriesIntake] = {}
+    aside: dict[str, list[NamedSetAside]] = defaultdict(list)
+    for file in files:
+        header = screened_header(file.path)
+        if isinstance(header, SetAside):
+            aside[header.series_uid].append(NamedSetAside(file.name, header.reason, header.detail))
+            file.path.unlink()
+            continue
+        uid, study_uid = str(header.SeriesInstanceUID), str(header.StudyInstanceUID)
+        # Without an id nobody can say that two studies are of one patient.
+        patient_id = str(header.get("PatientID") or "").strip() or f"unknown-{study_uid}"
+        if uid not in groups:
+            owner = stores.catalog.owner(uid) or (patient_id, study_uid)
+            groups[uid] = SeriesIntake(uid, study_uid=owner[1], patient_id=owner[0])
+        series = groups[uid]
+        if (patient_id, study_uid) != (series.patient_id, series.study_uid):
+            detail = "this SeriesInstanceUID belongs to another patient or study"
+            series.set_aside.append(NamedSetAside(file.name, Reason.SERIES_OF_ANOTHER_PATIENT, detail))
+            file.path.unlink()
+        else:
+            series.staged.append((str(header.SOPInstanceUID), file.path))
+    usable = [series for series in groups.values() if series.staged]
+    for series in usable:
+        series.set_aside += aside.pop(series.series_uid, [])
+    strays = [each for uid, series in groups.items() if not series.staged for each in series.set_aside]
+    return usable, strays + [each for group in aside.values() for each in group]
+
+
+def _archive(series: SeriesIntake, stores: Stores) -> Arrival:
+    for sop_uid, path in series.staged:
+        if stores.archive.add(series.series_uid, sop_uid, path):
+            series.received += 1
+        else:
+            series.duplicates += 1
+    stores.archive.flush(series.series_uid)
+    return Arrival(series.series_uid, series.study_uid, series.patient_id)

@@ -1,0 +1,111 @@
+"""Work by task name: the only place in service/ that knows Celery."""
+
+import logging
+import time
+
+import redis
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from service.errors import BrokerDown
+from service.settings import Settings
+from service.storage.keys import EmbeddingKey
+from service.storage.stores import Stores
+
+EMBED_SERIES = "keyslice.embed_series"
+INDEX_BAGS = "keyslice.index_bags"
+TRAIN_HEAD = "keyslice.train_head"
+CHECK_CANARY = "keyslice.check_canary"
+
+WORK = "keyslice"  # the one queue
+
+DEFAULT_BROKER = "redis://127.0.0.1:6379/0"
+
+log = logging.getLogger(__name__)
+
+
+def celery_app(settings: Settings) -> Celery:
+    """The Celery app of both sides: JSON only, late acknowledgement, one message at a time."""
+    app = Celery("keyslice", broker=settings.broker_url or DEFAULT_BROKER)
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        task_default_queue=WORK,
+        task_ignore_result=True,
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "visibility_timeout": settings.visibility_seconds,
+            # How often a worker looks for messages of dead ones; kombu's defaults take minutes.
+            "unacked_restore_interval": 2,
+            "unacked_restore_throttle": 1,
+            "socket_connect_timeout": 2,
+            "retry_policy": {"max_retries": 1, "interval_start": 0.1, "timeout": 3},
+        },
+    )
+    return app
+
+
+class Queue:
+    """Sends messages, which hold ids and names only, and sends again what was lost.
+
+    The catalog says what is waiting; the broker may forget everything, and the sweep finds it again.
+    """
+
+    def __init__(self, settings: Settings, stores: Stores) -> None:
+        self._app = celery_app(settings)
+        self._settings = settings
+        self._stores = stores
+        self._canary_sent = float("-inf")
+
+    def embed(self, keys: list[EmbeddingKey]) -> None:
+        """Ask for embeddings whose rows are committed. A broker that is down costs time, not work."""
+        try:
+            for key in keys:
+                self._send(EMBED_SERIES, key.series_uid, key.encoder_id)
+                self._stores.catalog.sent(key)
+        except BrokerDown:
+            log.warning("broker does not answer; the sweep will send %d messages later", len(keys))
+
+    def train(self, head_id: str) -> None:
+        try:
+            self._send(TRAIN_HEAD, head_id)
+            self._stores.heads.sent(head_id)
+        except BrokerDown:
+            log.warning("broker does not answer; the sweep will send head %s later", head_id)
+
+    def sweep(self) -> None:
+        """Send again what the catalog says is waiting and the broker has lost. Raises BrokerDown."""
+        empty = self.depth() == 0
+        stale = self._settings.stale_seconds
+        for key in self._stores.catalog.lost(stale, queue_is_empty=empty):
+            self._send(EMBED_SERIES, key.series_uid, key.encoder_id)
+        for head_id in self._stores.heads.lost(stale, queue_is_empty=empty):
+            self._send(TRAIN_HEAD, head_id)
+        if empty and self._stores.catalog.not_indexed(limit=1):
+            self._send(INDEX_BAGS)
+        if empty and time.monotonic() - self._canary_sent > self._settings.canary_seconds:
+            self._send(CHECK_CANARY)
+            self._canary_sent = time.monotonic()
+
+    def depth(self) -> int:
+        """Messages that no worker has taken yet. Raises BrokerDown."""
+        try:
+            with self._app.connection_for_read() as connection:
+                return int(connection.default_channel.client.llen(WORK))
+        except (OperationalError, redis.RedisError, OSError) as error:
+            raise BrokerDown(f"the broker does not answer: {type(error).__name__}") from error
+
+    def close(self) -> None:
+        self._app.close()
+
+    def _send(self, task: str, *arguments: str) -> None:
+        try:
+            self._app.send_task(task, args=arguments, retry=False)
+        except (OperationalError, redis.RedisError, OSError) as error:
+            raise BrokerDown(f"the broker does not answer: {type(error).__name__}") from error

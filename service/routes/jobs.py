@@ -1,0 +1,91 @@
+"""Jobs: work that a caller can watch."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.concurrency import run_in_threadpool
+
+from service.deps import StoresDep
+from service.schemas import Job, JobSeries, JobState, Text
+from service.storage.stores import Stores
+from service.storage.tables import HeadRow
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+POLL_SECONDS = 0.5
+ENDED = ("done", "failed")
+
+
+@router.get("/{job_id}")
+def get_job(job_id: Text, stores: StoresDep) -> Job:
+    """How far the work is: slices, or epochs, done of those known."""
+    return _job(stores, job_id)
+
+
+@router.get(
+    "/{job_id}/events",
+    response_class=EventSourceResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "an event `job` per change, until the end"}},
+)
+async def get_events(job_id: Text, stores: StoresDep) -> EventSourceResponse:
+    """The job as server-sent events, one per change, ending with the job."""
+    first = await run_in_threadpool(_job, stores, job_id)
+
+    async def events() -> AsyncIterator[ServerSentEvent]:
+        job = first
+        yield ServerSentEvent(job.model_dump_json(), event="job")
+        while job.state not in ENDED:
+            await asyncio.sleep(POLL_SECONDS)
+            latest = await run_in_threadpool(_job, stores, job_id)
+            if latest != job:
+                yield ServerSentEvent(latest.model_dump_json(), event="job")
+            job = latest
+
+    return EventSourceResponse(events())
+
+
+def _job(stores: Stores, job_id: str) -> Job:
+    job, embeddings, received = stores.catalog.job(job_id)
+    if job.head is not None:
+        return _training(job_id, job.head)
+    series = [
+        JobSeries(series_uid=uid, state=row.state, done=row.done, known=row.known or received[uid], error=row.error)
+        for uid, row in embeddings.items()
+    ]
+    return Job(
+        job_id=job_id,
+        kind="embed",
+        state=_overall([each.state for each in series]),
+        created_at=job.created_at,
+        done=sum(each.done for each in series),
+        known=sum(each.known for each in series),
+        unit="slices",
+        series=series,
+        head_id=None,
+        error=None,
+    )
+
+
+def _training(job_id: str, head: HeadRow) -> Job:
+    states: dict[str, JobState] = {"ready": "done", "failed": "failed", "training": "running"}
+    return Job(
+        job_id=job_id,
+        kind="train",
+        state=states.get(head.state, "waiting"),
+        created_at=head.created_at,
+        done=head.done,
+        known=head.known,
+        unit="epochs",
+        series=[],
+        head_id=head.head_id,
+        error=head.error,
+    )
+
+
+def _overall(states: list[str]) -> JobState:
+    """Done when every series can be searched or was rejected; failed when one failed and none is open."""
+    if all(state in ("indexed", "rejected", "failed") for state in states):
+        return "failed" if "failed" in states else "done"
+    return "waiting" if all(state in ("received", "queued") for state in states) else "running"

@@ -1,0 +1,134 @@
+"""Series: DICOM in, their state, a slice as a picture."""
+
+import io
+from typing import Annotated
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+
+from models.ct.decode import read_hu
+from models.ct.errors import UndecodableSlice
+from models.ct.windows import WINDOWS, apply_window
+from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep
+from service.errors import NotEmbeddedYet, SliceNotFound, WindowNotFound
+from service.intake import Intake, take_in
+from service.queue import Queue
+from service.schemas import FileSetAside, Series, SeriesPage, SeriesReceived, State, Text, UploadReceived
+from service.storage.keys import EmbeddingKey
+from service.storage.stores import Stores
+from service.uploads import FIELD, receive_files, staging
+
+router = APIRouter(prefix="/v1/series", tags=["series"])
+
+UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": [FIELD],
+                    "properties": {
+                        FIELD: {
+                            "type": "array",
+                            "items": {"type": "string", "format": "binary"},
+                            "description": "DICOM files, or zip, tar, tar.gz, tar.xz archives of them",
+                        }
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", status_code=202, openapi_extra=UPLOAD_BODY)
+async def post_series(
+    request: Request,
+    stores: StoresDep,
+    settings: SettingsDep,
+    queue: QueueDep,
+    encoders: EncodersDep,
+    encoder: Annotated[Text | None, Query(description="name; the service's own where unset")] = None,
+) -> UploadReceived:
+    """Take DICOM series in and embed them. The same upload again changes nothing."""
+    encoder_id = encoders.id(encoder)
+    with staging(settings.staging_dir) as folder:
+        files = await receive_files(
+            request.stream(),
+            request.headers.get("content-type", ""),
+            folder,
+            max_bytes=settings.max_upload_bytes,
+            max_files=settings.max_upload_files,
+        )
+        intake = await run_in_threadpool(take_in, files, folder, encoder_id, stores, settings)
+    return await run_in_threadpool(_ask, intake, stores, queue)
+
+
+@router.get("")
+def list_series(
+    stores: StoresDep,
+    patient_id: Annotated[Text | None, Query()] = None,
+    study_uid: Annotated[Text | None, Query()] = None,
+    state: Annotated[State | None, Query()] = None,
+    cursor: Annotated[Text | None, Query(description="next_cursor of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> SeriesPage:
+    """The series here, in the order of their UIDs."""
+    rows = stores.catalog.list_series(
+        patient_id=patient_id, study_uid=study_uid, state=state, after=cursor, limit=limit + 1
+    )
+    more = len(rows) > limit
+    page = [Series.model_validate(row) for row in rows[:limit]]
+    return SeriesPage(series=page, next_cursor=page[-1].series_uid if more else None)
+
+
+@router.get("/{series_uid}")
+def get_series(series_uid: Text, stores: StoresDep) -> Series:
+    """State, verdict, geometry, and which embeddings there are."""
+    return Series.model_validate(stores.catalog.series(series_uid))
+
+
+@router.get(
+    "/{series_uid}/slices/{slice_number}/image",
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}}},
+)
+def get_image(
+    series_uid: Text, slice_number: int, stores: StoresDep, window: Annotated[Text, Query()] = "abdomen"
+) -> Response:
+    """The slice at a window, as an 8-bit PNG of its own rows and columns."""
+    if window not in WINDOWS:
+        raise WindowNotFound(f"no window {window!r}, expected one of {', '.join(WINDOWS)}")
+    embedded = [row for row in stores.catalog.series(series_uid).embeddings if row.content]
+    if not embedded:
+        raise NotEmbeddedYet(f"series {series_uid} has no numbered slices before it is embedded")
+    receipt = stores.bags.receipt(EmbeddingKey(series_uid, embedded[0].encoder_id), embedded[0].content or "")
+    if not 0 <= slice_number < len(receipt["sop_uids"]):
+        raise SliceNotFound(f"no slice {slice_number}, expected 0 to {len(receipt['sop_uids']) - 1}")
+    try:
+        hu = read_hu(stores.archive.file(series_uid, receipt["sop_uids"][slice_number]))
+    except UndecodableSlice as error:
+        raise SliceNotFound(f"slice {slice_number} can no longer be read: {error}") from error
+    picture = io.BytesIO()
+    Image.fromarray(np.round(apply_window(hu, WINDOWS[window]) * 255).astype(np.uint8)).save(picture, "PNG")
+    return Response(picture.getvalue(), media_type="image/png")
+
+
+def _ask(intake: Intake, stores: Stores, queue: Queue) -> UploadReceived:
+    """Send for the embeddings of what was taken in, and tell the sender."""
+    queue.embed(stores.catalog.waiting(intake.job_id))
+    received = [
+        SeriesReceived(
+            series_uid=each.series_uid,
+            state=stores.catalog.series(each.series_uid).state,
+            received=each.received,
+            duplicates=each.duplicates,
+            set_aside=[FileSetAside.model_validate(file) for file in each.set_aside],
+        )
+        for each in intake.series
+    ]
+    strays = [FileSetAside.model_validate(file) for file in intake.set_aside]
+    return UploadReceived(job_id=intake.job_id, series=received, set_aside=strays)

@@ -1,0 +1,56 @@
+"""Every environment variable that Keyslice reads, with its unit and default."""
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from models.specs import DEFAULT_ENCODER, ENCODERS
+
+
+class Settings(BaseSettings):
+    """Read once at the edge and passed down. Each field is the variable KEYSLICE_<FIELD>."""
+
+    model_config = SettingsConfigDict(env_prefix="KEYSLICE_", extra="ignore")
+
+    host: str = Field("127.0.0.1", description="address the API listens on; loopback, for there are no API keys yet")
+    port: int = Field(8000, ge=0, le=65535, description="port the API listens on")
+    data_dir: Path = Field(Path("data"), description="archive, bags, index, catalog and the embedded broker's log")
+    weights_dir: Path | None = Field(None, description="weights that no package brings; default <data_dir>/weights")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default SQLite at <data_dir>/catalog.db")
+    broker_url: str | None = Field(None, description="Redis or Valkey URL; unset, `keyslice up` starts its own Valkey")
+    encoder: str = Field(DEFAULT_ENCODER, description="the encoder of uploads that name none")
+    decode_processes: int = Field(1, ge=1, description="processes per worker that decode and window slices")
+
+    max_upload_bytes: int = Field(20 * 2**30, gt=0, description="bytes of one upload, archives as sent")
+    max_upload_files: int = Field(100_000, gt=0, description="files of one upload, archive members counted")
+    max_expansion: float = Field(50.0, gt=0, description="unpacked bytes per byte of archive")
+    max_labels_bytes: int = Field(32 * 2**20, gt=0, description="bytes of a labels table")
+    max_neighbours: int = Field(1000, gt=0, description="largest k of a search")
+
+    sweep_seconds: float = Field(5.0, gt=0, description="how often work whose message was lost is looked for")
+    stale_seconds: float = Field(15.0, gt=0, description="silence after which a worker counts as dead")
+    max_attempts: int = Field(3, gt=0, description="attempts at one series or head before it counts as failed")
+    visibility_seconds: int = Field(3600, gt=0, description="after which the broker hands an unfinished message on")
+    canary_seconds: float = Field(60.0, gt=0, description="how often a worker embeds the canary slice")
+    ready_seconds: float = Field(600.0, gt=0, description="age of the last embedding above which /readyz fails")
+
+    @field_validator("encoder")
+    @classmethod
+    def _known_encoder(cls, name: str) -> str:
+        if name not in ENCODERS:
+            raise ValueError(f"unknown encoder {name!r}, expected one of {', '.join(ENCODERS)}")
+        return name
+
+    @property
+    def catalog_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'catalog.db'}"
+
+    @property
+    def weights_path(self) -> Path:
+        return self.weights_dir or self.data_dir / "weights"
+
+    @property
+    def staging_dir(self) -> Path:
+        """Uploads on their way in: below data_dir, so that a file moves into the archive without a copy."""
+        return self.data_dir / "staging"

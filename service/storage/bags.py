@@ -1,0 +1,70 @@
+"""Zarr: one (slices, windows, dim) float16 array per EmbeddingKey, with its receipt in the attributes."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from service.storage.files import fsync_path, fsync_tree
+from service.storage.keys import EmbeddingKey
+
+LAYOUT_VERSION = 1
+
+
+class Bags:
+    """`<root>/<encoder_id>/<series_uid>/<content>.zarr`: a bag is never changed once it is there.
+
+    `content` is the archive's digest of the instances it was made from, so slices that come later make
+    another bag; the catalog says which one counts.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        root.mkdir(parents=True, exist_ok=True)
+
+    def put(self, key: EmbeddingKey, content: str, bag: NDArray[np.float16], receipt: dict[str, Any]) -> None:
+        """Write under a temporary name, flush, rename: a reader sees all of it or nothing."""
+        path = self._path(key, content)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{content}.{uuid.uuid4().hex}")
+        array = zarr.create_array(
+            temporary, data=bag, chunks=bag.shape, compressors=None, dimension_names=("slice", "window", "dim")
+        )
+        array.attrs.update({"layout_version": LAYOUT_VERSION, "receipt": receipt})
+        fsync_tree(temporary)
+        try:
+            os.rename(temporary, path)
+        except OSError:  # another worker's bag of the same content came first
+            shutil.rmtree(temporary)
+            if not path.exists():
+                raise
+        fsync_path(path.parent)
+        fsync_path(path.parent.parent)
+        fsync_path(self._root)
+
+    def get(self, key: EmbeddingKey, content: str) -> NDArray[np.float16]:
+        return np.asarray(self._open(key, content)[:])
+
+    def receipt(self, key: EmbeddingKey, content: str) -> dict[str, Any]:
+        """Where this embedding comes from: encoder, code, slices with UIDs and positions, times."""
+        receipt: dict[str, Any] = self._open(key, content).attrs["receipt"]  # type: ignore[assignment]
+        return receipt
+
+    def keep_only(self, key: EmbeddingKey, content: str) -> None:
+        """Remove bags of earlier contents, and what dead writers left behind."""
+        for path in self._path(key, content).parent.iterdir():
+            if path.name != f"{content}.zarr":
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _path(self, key: EmbeddingKey, content: str) -> Path:
+        return self._root / key.encoder_id / key.series_uid / f"{content}.zarr"
+
+    def _open(self, key: EmbeddingKey, content: str) -> "zarr.Array[Any]":
+        return zarr.open_array(self._path(key, content), mode="r")

@@ -1,0 +1,316 @@
+"""SQL: which series there are, what is known of them, and how far their embeddings are."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Select, and_, func, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from service.errors import (
+    EmbeddingNotFound,
+    JobNotFound,
+    NotEmbeddedYet,
+    OtherEncoder,
+    PatientNotFound,
+    SeriesNotFound,
+    StudyNotFound,
+)
+from service.storage.archive import Archive
+from service.storage.database import Database
+from service.storage.keys import EmbeddingKey
+from service.storage.tables import EmbeddingRow, JobRow, JobSeriesRow, PatientRow, SeriesRow, now
+
+WAITING = ("received", "queued")
+OPEN = (*WAITING, "embedding")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What an upload brought of one series."""
+
+    series_uid: str
+    study_uid: str
+    patient_id: str
+
+
+class Catalog:
+    """The truth about state. Each method is one transaction."""
+
+    def __init__(self, database: Database, archive: Archive) -> None:
+        self._database = database
+        self._archive = archive
+
+    def receive(self, arrivals: Sequence[Arrival], encoder_id: str) -> str:
+        """Note the series of one upload, ask for their embeddings, and open a job that watches them."""
+        try:
+            return self._receive(arrivals, encoder_id)
+        except IntegrityError:  # another upload of a new series was first: its row is there now
+            return self._receive(arrivals, encoder_id)
+
+    def _receive(self, arrivals: Sequence[Arrival], encoder_id: str) -> str:
+        job_id = uuid.uuid4().hex
+        with self._database.write() as session:
+            session.add(JobRow(job_id=job_id))
+            for arrival in sorted(arrivals, key=lambda each: each.series_uid):
+                _note(session, arrival, encoder_id, self._archive)
+                session.add(JobSeriesRow(job_id=job_id, series_uid=arrival.series_uid, encoder_id=encoder_id))
+        return job_id
+
+    def owner(self, series_uid: str) -> tuple[str, str] | None:
+        """(patient id, study UID) of a series that is here already."""
+        with self._database.read() as session:
+            row = session.get(SeriesRow, series_uid)
+            return (row.patient_id, row.study_uid) if row else None
+
+    def waiting(self, job_id: str) -> list[EmbeddingKey]:
+        """The job's embeddings that no message has been sent for."""
+        mine = (JobSeriesRow.series_uid == EmbeddingRow.series_uid) & (
+            JobSeriesRow.encoder_id == EmbeddingRow.encoder_id
+        )
+        query = select(EmbeddingRow).join(JobSeriesRow, mine)
+        with self._database.read() as session:
+            rows = session.scalars(query.where(JobSeriesRow.job_id == job_id, EmbeddingRow.state == "received"))
+            return sorted(EmbeddingKey(row.series_uid, row.encoder_id) for row in rows)
+
+    def sent(self, key: EmbeddingKey) -> None:
+        """A message for this embedding is with the broker."""
+        with self._database.write() as session:
+            rows = update(EmbeddingRow).where(_is(key), EmbeddingRow.state.in_(WAITING))
+            session.execute(rows.values(state="queued", touched_at=now()))
+
+    def lost(self, stale_seconds: float, queue_is_empty: bool) -> list[EmbeddingKey]:
+        """Embeddings whose worker fell silent or whose message is gone; they are waiting again."""
+        stale = EmbeddingRow.touched_at < now() - timedelta(seconds=stale_seconds)
+        silent = and_(EmbeddingRow.state == "embedding", stale)
+        gone = and_(EmbeddingRow.state.in_(WAITING), stale) if queue_is_empty else EmbeddingRow.state == "received"
+        with self._database.write() as session:
+            rows = session.scalars(select(EmbeddingRow).where(or_(silent, and_(gone, stale))).limit(1000)).all()
+            for row in rows:
+                row.state, row.holder, row.touched_at = "queued", None, now()
+            return [EmbeddingKey(row.series_uid, row.encoder_id) for row in rows]
+
+    def claim(self, key: EmbeddingKey, holder: str, stale_seconds: float, max_attempts: int) -> bool:
+        """Take an embedding on; False where it is done, given up, or in a living worker's hands."""
+        with self._database.write() as session:
+            row = session.get(EmbeddingRow, (key.series_uid, key.encoder_id), with_for_update=True)
+            if row is None or row.state not in OPEN:
+                return False
+            if row.state == "embedding" and row.touched_at > now() - timedelta(seconds=stale_seconds):
+                return False
+            if row.attempts >= max_attempts:
+                row.state, row.error = (
+                    "failed",
+                    f"given up after {row.attempts} attempts: {row.error or 'the worker died'}",
+                )
+                return False
+            row.state, row.holder, row.touched_at, row.attempts = "embedding", holder, now(), row.attempts + 1
+            row.done = 0
+            return True
+
+    def progress(self, key: EmbeddingKey, done: int, known: int) -> None:
+        """Slices done of slices known; also the sign that the worker lives."""
+        with self._database.write() as session:
+            session.execute(update(EmbeddingRow).where(_is(key)).values(done=done, known=known, touched_at=now()))
+
+    def commit(
+        self, key: EmbeddingKey, content: str, slices: int, verdict: dict[str, Any], geometry: dict[str, Any]
+    ) -> None:
+        """The bag is on disk: this is the write that makes it count."""
+        with self._database.write() as session:
+            series = session.get_one(SeriesRow, key.series_uid, with_for_update={"of": SeriesRow})
+            row = session.get_one(EmbeddingRow, (key.series_uid, key.encoder_id))
+            series.verdict, series.geometry = verdict, geometry
+            row.content, row.slices, row.embedded_at, row.touched_at = content, slices, now(), now()
+            row.done = row.known = slices
+            row.holder, row.error, row.attempts = None, None, 0
+            # Slices that came while this ran make another embedding of the whole series.
+            row.state = "embedded" if series.content == content else "received"
+
+    def release(self, key: EmbeddingKey, error: str) -> None:
+        """Hand an embedding back, to be tried again."""
+        with self._database.write() as session:
+            rows = update(EmbeddingRow).where(_is(key), EmbeddingRow.state == "embedding")
+            session.execute(rows.values(state="queued", holder=None, error=error, touched_at=now()))
+
+    def fail(self, key: EmbeddingKey, state: str, error: str, verdict: dict[str, Any] | None = None) -> None:
+        """Give up on an embedding: `failed`, or `rejected` with its verdict."""
+        with self._database.write() as session:
+            row = session.get_one(EmbeddingRow, (key.series_uid, key.encoder_id))
+            row.state, row.error, row.holder, row.touched_at = state, error, None, now()
+            if verdict:
+                session.get_one(SeriesRow, key.series_uid).verdict = verdict
+
+    def not_indexed(self, limit: int) -> list[tuple[EmbeddingKey, str]]:
+        """Embeddings whose rows are missing or outdated in the index, with the content that counts."""
+        outdated = or_(EmbeddingRow.indexed_content.is_(None), EmbeddingRow.indexed_content != EmbeddingRow.content)
+        query = select(EmbeddingRow).where(EmbeddingRow.content.is_not(None), outdated)
+        with self._database.read() as session:
+            rows = session.scalars(query.order_by(EmbeddingRow.encoder_id, EmbeddingRow.embedded_at).limit(limit))
+            return [(EmbeddingKey(row.series_uid, row.encoder_id), row.content or "") for row in rows]
+
+    def indexed(self, keys: Sequence[tuple[EmbeddingKey, str]]) -> None:
+        with self._database.write() as session:
+            for key, content in keys:
+                row = session.get_one(EmbeddingRow, (key.series_uid, key.encoder_id))
+                row.indexed_content = content
+                if row.state == "embedded" and row.content == content:
+                    row.state = "indexed"
+
+    def series(self, series_uid: str) -> SeriesRow:
+        with self._database.read() as session:
+            row = session.get(SeriesRow, series_uid)
+        if row is None:
+            raise SeriesNotFound(f"no series {series_uid}")
+        return row
+
+    def list_series(
+        self, *, patient_id: str | None, study_uid: str | None, state: str | None, after: str | None, limit: int
+    ) -> list[SeriesRow]:
+        """Series in the order of their UIDs, those behind `after`."""
+        query = select(SeriesRow).join(SeriesRow.patient).order_by(SeriesRow.series_uid).limit(limit)
+        if patient_id is not None:
+            query = query.where(PatientRow.patient_id == patient_id)
+        if study_uid is not None:
+            query = query.where(SeriesRow.study_uid == study_uid)
+        if state is not None:
+            current = and_(
+                EmbeddingRow.series_uid == SeriesRow.series_uid, EmbeddingRow.encoder_id == SeriesRow.encoder_id
+            )
+            query = query.join(EmbeddingRow, current).where(EmbeddingRow.state == state)
+        if after is not None:
+            query = query.where(SeriesRow.series_uid > after)
+        with self._database.read() as session:
+            return list(session.scalars(query).unique())
+
+    def embedding(self, series_uid: str, encoder_id: str) -> EmbeddingRow:
+        """The committed embedding. Raises SeriesNotFound, EmbeddingNotFound, NotEmbeddedYet or OtherEncoder."""
+        series = self.series(series_uid)
+        for row in series.embeddings:
+            if row.encoder_id == encoder_id:
+                if row.content is None:
+                    raise NotEmbeddedYet(f"series {series_uid} is {row.state}, expected embedded", state=row.state)
+                return row
+        name = encoder_id.partition("@")[0]
+        present = [row.encoder_id for row in series.embeddings]
+        if any(row.startswith(f"{name}@") for row in present):
+            raise OtherEncoder(f"series {series_uid} has embeddings of {', '.join(present)}, expected {encoder_id}")
+        raise EmbeddingNotFound(f"series {series_uid} has embeddings of {', '.join(present)}, none of {encoder_id}")
+
+    def patient_embeddings(
+        self, patient_id: str, encoder_id: str, *, series_uid: str | None = None, study_uid: str | None = None
+    ) -> list[EmbeddingRow]:
+        """The committed embeddings of a patient's accepted series, in the order of their UIDs."""
+        query = select(SeriesRow).join(SeriesRow.patient).where(PatientRow.patient_id == patient_id)
+        with self._database.read() as session:
+            every = list(session.scalars(query.order_by(SeriesRow.series_uid)).unique())
+        if not every:
+            raise PatientNotFound("no patient of this id")
+        chosen = [
+            row
+            for row in every
+            if (study_uid is None or row.study_uid == study_uid)
+            and (series_uid is None or row.series_uid == series_uid)
+        ]
+        if not chosen:
+            missing = SeriesNotFound if series_uid else StudyNotFound
+            raise missing("the patient has no such series or study")
+        rows = [row for series in chosen for row in series.embeddings]
+        ready = [row for row in rows if row.encoder_id == encoder_id and row.content is not None]
+        if not ready:
+            present = sorted({row.encoder_id for row in rows if row.content is not None})
+            if present:
+                raise OtherEncoder(
+                    f"the patient's series have embeddings of {', '.join(present)}, expected {encoder_id}"
+                )
+            raise NotEmbeddedYet("none of the patient's series is embedded yet", states=sorted({r.state for r in rows}))
+        return ready
+
+    def labelled_embeddings(self, by: str, names: Sequence[str], encoder_id: str) -> dict[str, list[tuple[str, str]]]:
+        """For each known patient id or series UID: (patient key, series UID) of its committed embeddings."""
+        column = PatientRow.patient_id if by == "patient" else SeriesRow.series_uid
+        here = and_(
+            EmbeddingRow.series_uid == SeriesRow.series_uid,
+            EmbeddingRow.encoder_id == encoder_id,
+            EmbeddingRow.content.is_not(None),
+        )
+        answer: dict[str, list[tuple[str, str]]] = {}
+        with self._database.read() as session:
+            for start in range(0, len(names), 500):  # SQLite takes a limited number of parameters
+                part: Select[tuple[str, str, str | None, str]] = (
+                    select(column, SeriesRow.series_uid, EmbeddingRow.series_uid, SeriesRow.patient_key)
+                    .select_from(SeriesRow)
+                    .join(SeriesRow.patient)
+                    .outerjoin(EmbeddingRow, here)
+                    .where(column.in_(names[start : start + 500]))
+                    .order_by(SeriesRow.series_uid)
+                )
+                for name, series_uid, embedded, patient_key in session.execute(part):
+                    found = answer.setdefault(name, [])
+                    if embedded:
+                        found.append((patient_key, series_uid))
+        return answer
+
+    def job(self, job_id: str) -> tuple[JobRow, dict[str, EmbeddingRow], dict[str, int]]:
+        """A job with its series' embeddings and how many slices each has in the archive."""
+        with self._database.read() as session:
+            job = session.get(JobRow, job_id)
+            if job is None:
+                raise JobNotFound(f"no job {job_id}")
+            keys = [(each.series_uid, each.encoder_id) for each in job.series]
+            rows = {key[0]: session.get_one(EmbeddingRow, key) for key in keys}
+            archived = select(SeriesRow.series_uid, SeriesRow.received).join(
+                JobSeriesRow, JobSeriesRow.series_uid == SeriesRow.series_uid
+            )
+            received = {uid: count for uid, count in session.execute(archived.where(JobSeriesRow.job_id == job_id))}
+        return job, rows, received
+
+    def last_embedded_at(self) -> Any:
+        with self._database.read() as session:
+            return session.scalar(select(func.max(EmbeddingRow.embedded_at)))
+
+    def patient_key(self, patient_id: str) -> str | None:
+        with self._database.read() as session:
+            return session.scalar(select(PatientRow.patient_key).where(PatientRow.patient_id == patient_id))
+
+    def patient_ids(self, patient_keys: Sequence[str]) -> dict[str, str]:
+        with self._database.read() as session:
+            rows = session.scalars(select(PatientRow).where(PatientRow.patient_key.in_(set(patient_keys))))
+            return {row.patient_key: row.patient_id for row in rows}
+
+
+def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive) -> None:
+    series = session.get(SeriesRow, arrival.series_uid, with_for_update={"of": SeriesRow})
+    # Listed inside the transaction: of two uploads of one series at once, the later sees both's files.
+    content, received = archive.content(arrival.series_uid)
+    changed = series is None or series.content != content
+    if series is None:
+        patient_key = _patient_key(session, arrival.patient_id)
+        series = SeriesRow(series_uid=arrival.series_uid, study_uid=arrival.study_uid, patient_key=patient_key)
+        session.add(series)
+    series.received, series.content, series.encoder_id = received, content, encoder_id
+    session.flush()
+    embedding = session.get(EmbeddingRow, (arrival.series_uid, encoder_id))
+    if embedding is None:
+        embedding = EmbeddingRow(series_uid=arrival.series_uid, encoder_id=encoder_id, state="received")
+        session.add(embedding)
+    elif embedding.state == "failed" or (changed and embedding.state not in OPEN):
+        embedding.state, embedding.attempts, embedding.error = "received", 0, None
+    session.flush()
+
+
+def _is(key: EmbeddingKey) -> Any:
+    return and_(EmbeddingRow.series_uid == key.series_uid, EmbeddingRow.encoder_id == key.encoder_id)
+
+
+def _patient_key(session: Session, patient_id: str) -> str:
+    query = select(PatientRow.patient_key).where(PatientRow.patient_id == patient_id)
+    if found := session.scalar(query):
+        return found
+    row = PatientRow(patient_key=uuid.uuid4().hex, patient_id=patient_id)
+    session.add(row)
+    session.flush()
+    return row.patient_key

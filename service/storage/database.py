@@ -1,0 +1,62 @@
+"""The catalog's engine: SQLite in WAL mode or PostgreSQL, the same code on both."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from filelock import FileLock
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.orm import Session
+
+MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
+
+
+class Database:
+    """Sessions that read, and sessions that write in one transaction."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = open_engine(url)
+        self._write_engine = self.engine.execution_options(keyslice_write=True)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        with Session(self.engine, expire_on_commit=False) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        with Session(self._write_engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+
+def open_engine(url: str) -> Engine:
+    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _sqlite_pragmas)
+        event.listen(engine, "begin", _sqlite_begin)
+    return engine
+
+
+def upgrade(url: str, lock_dir: Path) -> None:
+    """Bring the schema to the newest revision; several processes may start at once."""
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["url"] = url
+    with FileLock(lock_dir / "migrations.lock"):
+        command.upgrade(config, "head")
+
+
+def _sqlite_pragmas(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # BEGIN is ours: see _sqlite_begin
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    # A read transaction that turns into a write fails at once where another writer came between; one that
+    # says so at the start waits its turn.
+    write = connection.get_execution_options().get("keyslice_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

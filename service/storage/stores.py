@@ -1,0 +1,47 @@
+"""The stores, opened together from Settings."""
+
+from dataclasses import dataclass
+
+from service.settings import Settings
+from service.storage.archive import Archive
+from service.storage.bags import Bags
+from service.storage.canaries import Canaries
+from service.storage.catalog import Catalog
+from service.storage.database import Database, upgrade
+from service.storage.heads import Heads
+from service.storage.index import SliceIndex
+from service.storage.leases import Leases
+
+
+@dataclass(frozen=True)
+class Stores:
+    archive: Archive
+    bags: Bags
+    index: SliceIndex
+    database: Database
+    catalog: Catalog
+    heads: Heads
+    leases: Leases
+    canaries: Canaries
+
+    def close(self) -> None:
+        self.database.engine.dispose()
+
+
+def open_stores(settings: Settings) -> Stores:
+    """Open every store below the data directory, and bring the catalog's schema up to date."""
+    root = settings.data_dir
+    root.mkdir(parents=True, exist_ok=True)
+    upgrade(settings.catalog_url, lock_dir=root)
+    database = Database(settings.catalog_url)
+    archive = Archive(root / "archive")
+    return Stores(
+        archive=archive,
+        bags=Bags(root / "bags"),
+        index=SliceIndex(root / "index"),
+        database=database,
+        catalog=Catalog(database, archive),
+        heads=Heads(database),
+        leases=Leases(database),
+        canaries=Canaries(database),
+    )

@@ -1,0 +1,158 @@
+"""The SQL tables of the catalog; migrations/ holds the same, step by step."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, LargeBinary, MetaData, TypeDecorator
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+
+class UTCDateTime(TypeDecorator[datetime]):
+    """An aware UTC time in every database; SQLite alone forgets the zone."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Row(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: UTCDateTime, dict[str, Any]: JSON, list[str]: JSON}
+
+
+class PatientRow(Row):
+    """The one place that knows a patient's id; everything else carries the opaque key."""
+
+    __tablename__ = "patients"
+
+    patient_key: Mapped[str] = mapped_column(primary_key=True)
+    patient_id: Mapped[str] = mapped_column(unique=True)
+
+
+class SeriesRow(Row):
+    __tablename__ = "series"
+
+    series_uid: Mapped[str] = mapped_column(primary_key=True)
+    study_uid: Mapped[str] = mapped_column(index=True)
+    patient_key: Mapped[str] = mapped_column(ForeignKey(PatientRow.patient_key), index=True)
+    received_at: Mapped[datetime] = mapped_column(default=now)
+    received: Mapped[int]  # instances in the archive
+    content: Mapped[str]  # Archive.content(): which instances they are
+    encoder_id: Mapped[str]  # the encoder last asked for: `state` speaks of its embedding
+    verdict: Mapped[dict[str, Any] | None]
+    geometry: Mapped[dict[str, Any] | None]
+
+    patient: Mapped[PatientRow] = relationship(lazy="joined", innerjoin=True)
+    embeddings: Mapped[list["EmbeddingRow"]] = relationship(lazy="selectin", order_by="EmbeddingRow.encoder_id")
+
+    @property
+    def current(self) -> "EmbeddingRow":
+        return next(each for each in self.embeddings if each.encoder_id == self.encoder_id)
+
+    @property
+    def patient_id(self) -> str:
+        return self.patient.patient_id
+
+    @property
+    def state(self) -> str:
+        return self.current.state
+
+    @property
+    def error(self) -> str | None:
+        return self.current.error
+
+
+class Work:
+    """Columns of anything a worker takes on: who has it, since when, how often it was tried."""
+
+    state: Mapped[str] = mapped_column(index=True)
+    attempts: Mapped[int] = mapped_column(default=0)
+    holder: Mapped[str | None]
+    touched_at: Mapped[datetime] = mapped_column(default=now)  # sent, claimed, or last heard of
+    done: Mapped[int] = mapped_column(default=0)
+    known: Mapped[int] = mapped_column(default=0)
+    error: Mapped[str | None]
+
+
+class EmbeddingRow(Work, Row):
+    """An embedding asked for. It is readable once `content` is set; that write is the commit."""
+
+    __tablename__ = "embeddings"
+
+    series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid), primary_key=True)
+    encoder_id: Mapped[str] = mapped_column(primary_key=True)
+    content: Mapped[str | None]  # of the bag that counts
+    slices: Mapped[int | None]
+    embedded_at: Mapped[datetime | None]
+    indexed_content: Mapped[str | None]  # of the bag whose rows are in the index
+
+    __table_args__ = (Index("ix_embeddings_encoder_state", "encoder_id", "state"),)
+
+
+class HeadRow(Work, Row):
+    __tablename__ = "heads"
+
+    head_id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    encoder_id: Mapped[str] = mapped_column(index=True)
+    labels: Mapped[list[str]]
+    options: Mapped[dict[str, Any]]
+    targets: Mapped[dict[str, Any]]  # {"by": "patient" | "series", "rows": [[patient key or series uid, targets]]}
+    report: Mapped[dict[str, Any] | None]
+    weights: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)  # safetensors
+    graph: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)  # ONNX
+
+
+class JobRow(Row):
+    """Work a caller can watch: an upload's series, or a head in training. Its state is theirs."""
+
+    __tablename__ = "jobs"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    head_id: Mapped[str | None] = mapped_column(ForeignKey(HeadRow.head_id))
+
+    head: Mapped[HeadRow | None] = relationship(lazy="joined")
+    series: Mapped[list["JobSeriesRow"]] = relationship(lazy="selectin", order_by="JobSeriesRow.series_uid")
+
+
+class JobSeriesRow(Row):
+    __tablename__ = "job_series"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey(JobRow.job_id), primary_key=True)
+    series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid), primary_key=True)
+    encoder_id: Mapped[str]
+
+
+class LeaseRow(Row):
+    """Who alone may do something, until when."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    expires_at: Mapped[datetime]
+
+
+class CanaryRow(Row):
+    """The canary slice's embedding by this encoder: the first ever, and how close the last one came."""
+
+    __tablename__ = "canaries"
+
+    encoder_id: Mapped[str] = mapped_column(primary_key=True)
+    reference: Mapped[bytes] = mapped_column(LargeBinary)  # (windows * dim) float32
+    cosine: Mapped[float]
+    checked_at: Mapped[datetime]

@@ -1,0 +1,131 @@
+"""A multipart upload, streamed to files on disk: no part is ever held in memory."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+
+from service.errors import BadUpload, EmptyUpload, UploadTooLarge
+
+FIELD = "files"
+WRITE_BYTES = 1 << 20  # handed to a thread at a time: disks like it, and the event loop stays free
+
+
+@dataclass(frozen=True)
+class StagedFile:
+    path: Path
+    name: str  # as the sender called it; only ever shown back to the sender
+
+
+@contextmanager
+def staging(root: Path) -> Iterator[Path]:
+    """A directory for one request, gone at its end whatever happens."""
+    root.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=root, prefix="upload-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+async def receive_files(
+    stream: AsyncIterator[bytes], content_type: str, folder: Path, *, max_bytes: int, max_files: int
+) -> list[StagedFile]:
+    """The parts named `files` of a multipart/form-data body, written below folder. Raises BadUpload."""
+    kind, options = parse_options_header(content_type)
+    if kind != b"multipart/form-data" or b"boundary" not in options:
+        raise BadUpload(f"Content-Type is {kind.decode('latin-1') or 'missing'}, expected multipart/form-data")
+    writer = _PartWriter(folder, options[b"boundary"], max_files)
+    received, buffer = 0, bytearray()
+    try:
+        async for chunk in stream:
+            received += len(chunk)
+            if received > max_bytes:
+                raise UploadTooLarge(f"upload is longer than {max_bytes} bytes")
+            buffer += chunk
+            if len(buffer) >= WRITE_BYTES:
+                await run_in_threadpool(writer.write, bytes(buffer))
+                buffer.clear()
+        await run_in_threadpool(writer.write, bytes(buffer))
+    except MultipartParseError as error:
+        raise BadUpload(f"malformed multipart body: {error}") from error
+    finally:
+        writer.close()
+    if not writer.complete:
+        raise BadUpload("the multipart body ends before its closing boundary")
+    files = [file for file in writer.files if file.path.stat().st_size]
+    if not files:
+        raise EmptyUpload(f"no file with content in the upload, expected one or more parts named {FIELD!r}")
+    return files
+
+
+class _PartWriter:
+    """What the parser calls back: opens a file per part, writes its bytes, closes it."""
+
+    def __init__(self, folder: Path, boundary: bytes, max_files: int) -> None:
+        self.files: list[StagedFile] = []
+        self.complete = False
+        self._folder = folder
+        self._max_files = max_files
+        self._header_name = b""
+        self._header_value = b""
+        self._disposition = b""
+        self._file: BinaryIO | None = None
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin,
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_headers_finished": self._open,
+                "on_part_data": self._data,
+                "on_part_end": self.close,
+                "on_end": self._end,
+            },
+        )
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self._parser.write(data)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _begin(self) -> None:
+        self._disposition = b""
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            self._disposition = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _open(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        if name != FIELD:
+            raise BadUpload(f"part named {name!r}, expected {FIELD!r}")
+        if len(self.files) >= self._max_files:
+            raise UploadTooLarge(f"more than {self._max_files} files in one upload")
+        path = self._folder / f"part-{len(self.files)}"
+        sent_as = options.get(b"filename", b"").decode("utf-8", "replace")
+        self.files.append(StagedFile(path, sent_as or path.name))
+        self._file = path.open("wb")
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._file:
+            self._file.write(memoryview(data)[start:end])
+
+    def _end(self) -> None:
+        self.complete = True

@@ -1,0 +1,214 @@
+"""The recipes, top to bottom: embed a series, index bags, train a head, check the canary."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy.exc import OperationalError
+
+from models.ct.errors import UndecodableSlice
+from models.ct.screening import Reason, SetAside
+from models.ct.series import CTSeries, read_series
+from models.ct.slices import encoder_input
+from models.heads.export import to_onnx, to_safetensors
+from models.heads.train import HeadOptions, LabelledBag, TooFewPatients
+from models.heads.train import train_head as fit
+from models.load import Encoder
+from models.specs import MissingWeights, WrongWeights
+from service.storage.archive import content_of
+from service.storage.index import SliceRows
+from service.storage.keys import EmbeddingKey
+from service.storage.tables import now
+from workers.resources import Resources
+
+PROGRESS_SECONDS = 1.0  # between two notes of progress, which are also the sign of life
+INDEX_LEASE_SECONDS = 120.0
+INDEX_BAGS_PER_COMMIT = 64
+
+log = logging.getLogger(__name__)
+
+
+class NotFinite(Exception):
+    """An embedding holds NaN or infinity."""
+
+
+def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
+    """Read, window, encode and store one series; True where that made a new bag. Twice changes nothing."""
+    key = EmbeddingKey(series_uid, encoder_id)
+    catalog = worker.stores.catalog
+    if not catalog.claim(key, worker.holder, worker.settings.stale_seconds, worker.settings.max_attempts):
+        return False
+    try:
+        return _embed(key, worker)
+    except (MissingWeights, WrongWeights, NotFinite) as error:
+        catalog.fail(key, "failed", str(error))
+    except (OSError, OperationalError, BrokenProcessPool) as error:
+        log.warning("series %s: %s, to be tried again", series_uid, type(error).__name__)
+        catalog.release(key, type(error).__name__)
+        raise
+    except Exception as error:  # nothing may leave a series embedding for ever
+        log.error("series %s: %s", series_uid, type(error).__name__)
+        catalog.fail(key, "failed", f"{type(error).__name__} while embedding")
+        raise
+    return False
+
+
+def _embed(key: EmbeddingKey, worker: Resources) -> bool:
+    stores, started, clock = worker.stores, now(), time.perf_counter()
+    encoder = worker.encoder(key.encoder_id)
+    if encoder.id != key.encoder_id:
+        raise WrongWeights(f"this worker has {encoder.id}, expected {key.encoder_id}")
+    files = stores.archive.files(key.series_uid)
+    content = content_of([path.name for path in files])
+    series = read_series(files)
+    progress = _throttled(lambda done: stores.catalog.progress(key, done, len(series.slices)))
+    undecodable: dict[str, SetAside] = {}
+    batches = []
+    for batch in encoder.encode(_prepared(series, encoder, worker, undecodable)):
+        batches.append(batch)
+        progress(sum(map(len, batches)) + len(undecodable))
+    series = series.without(undecodable)
+    verdict = _verdict(series)
+    if not batches:
+        stores.catalog.fail(key, "rejected", f"none of {len(files)} files is a slice that decodes", verdict)
+        return False
+    bag = np.concatenate(batches).astype(np.float16)  # (slices, windows, dim)
+    if not np.isfinite(bag).all():
+        raise NotFinite(f"{int((~np.isfinite(bag)).any(axis=(1, 2)).sum())} slices embed to NaN or infinity")
+    times = {"started_at": started.isoformat(), "seconds": round(time.perf_counter() - clock, 3)}
+    stores.bags.put(key, content, bag, _receipt(series, encoder) | times)
+    stores.catalog.commit(key, content, len(bag), verdict, series.geometry())
+    stores.bags.keep_only(key, content)
+    return True
+
+
+def index_bags(worker: Resources) -> None:
+    """Bring the index up to what is embedded. One worker does it for all; the others go on."""
+    stores = worker.stores
+    while stores.leases.take("index", worker.holder, INDEX_LEASE_SECONDS):
+        pending = stores.catalog.not_indexed(limit=INDEX_BAGS_PER_COMMIT)
+        if not pending:
+            stores.leases.release("index", worker.holder)
+            return
+        by_encoder: dict[str, list[tuple[EmbeddingKey, str]]] = defaultdict(list)
+        for key, content in pending:
+            by_encoder[key.encoder_id].append((key, content))
+        for encoder_id, group in by_encoder.items():
+            stores.index.replace(encoder_id, [_slice_rows(key, content, worker) for key, content in group])
+            stores.catalog.indexed(group)
+            stores.index.tidy(encoder_id)
+
+
+def train_head(head_id: str, worker: Resources) -> None:
+    """Train a head on the bags its labels name, and store it whole."""
+    heads = worker.stores.heads
+    if not heads.claim(head_id, worker.holder, worker.settings.stale_seconds, worker.settings.max_attempts):
+        return
+    row = heads.get(head_id)
+    bags = [
+        LabelledBag(patient, tuple(map(float, target)), lambda uids=uids: _patient_bag(uids, row.encoder_id, worker))
+        for patient, uids, target in row.targets["rows"]
+    ]
+    progress = _throttled(lambda done, known: heads.progress(head_id, done, known))
+    try:
+        trained = fit(bags, row.labels, HeadOptions(**row.options), progress)
+        graph = to_onnx(trained.ensemble, trained.ensemble.heads[0].encoder[0].in_features)
+    except TooFewPatients as error:
+        heads.fail(head_id, str(error))
+        return
+    except (OSError, OperationalError) as error:
+        heads.release(head_id, type(error).__name__)
+        raise
+    except Exception as error:  # nothing may leave a head in training for ever
+        heads.fail(head_id, f"{type(error).__name__} while training")
+        raise
+    report = trained.report | {"encoder_id": row.encoder_id, "code_version": version("keyslice")}
+    heads.commit(head_id, to_safetensors(trained.ensemble), graph, report)
+
+
+def check_canary(worker: Resources) -> None:
+    """Embed a fixed slice and compare it with its first embedding: the whole way still gives what it gave."""
+    encoder = worker.encoder(worker.settings.encoder)
+    ramp = np.linspace(-1024, 1024, 512 * 512, dtype=np.float32).reshape(512, 512)  # HU
+    canary = encoder_input(ramp + ramp.T, encoder.spec.windows, encoder.spec.input_size)
+    cosine = worker.stores.canaries.record(encoder.id, encoder.encode_batch(canary[None]))
+    log.info("canary of %s: cosine %.6f", encoder.id, cosine)
+
+
+def _prepared(
+    series: CTSeries, encoder: Encoder, worker: Resources, undecodable: dict[str, SetAside]
+) -> Iterator[NDArray[np.float32]]:
+    """Encoder input of every slice that decodes, feet to head; the others are noted in `undecodable`."""
+    paths = [each.path for each in series.slices]
+    prepared = worker.preparer.prepare(paths, encoder.spec.windows, encoder.spec.input_size)
+    for each, answer in zip(series.slices, prepared, strict=True):
+        if isinstance(answer, UndecodableSlice):
+            undecodable[each.sop_uid] = SetAside(Reason.UNDECODABLE, str(answer))
+        else:
+            yield answer
+
+
+def _receipt(series: CTSeries, encoder: Encoder) -> dict[str, Any]:
+    slices = series.slices
+    return {
+        "encoder_id": encoder.id,
+        "encoder_fingerprint": encoder.fingerprint,
+        "code_version": version("keyslice"),
+        "windows": [window.name for window in encoder.spec.windows],
+        "sop_uids": [each.sop_uid for each in slices],
+        "z_mm": [each.z_mm for each in slices],
+        "rescale": sorted({(each.slope, each.intercept) for each in slices}, key=str),
+        "decoders": sorted({each.decoder for each in slices}),
+        "normal": slices[0].normal,
+        "geometry": series.geometry(),
+        "findings": [asdict(finding) for finding in series.verdict().findings],
+    }
+
+
+def _verdict(series: CTSeries) -> dict[str, Any]:
+    set_aside = [
+        {"sop_uid": name.removesuffix(".dcm"), "reason": each.reason, "detail": each.detail}
+        for name, each in series.set_aside
+    ]
+    return {**asdict(series.verdict()), "set_aside": set_aside}
+
+
+def _slice_rows(key: EmbeddingKey, content: str, worker: Resources) -> SliceRows:
+    series, receipt = worker.stores.catalog.series(key.series_uid), worker.stores.bags.receipt(key, content)
+    return SliceRows(
+        key=key,
+        patient_key=series.patient_key,
+        study_uid=series.study_uid,
+        sop_uids=receipt["sop_uids"],
+        z_mm=receipt["z_mm"],
+        windows=receipt["windows"],
+        bag=worker.stores.bags.get(key, content),
+    )
+
+
+def _patient_bag(series_uids: list[str], encoder_id: str, worker: Resources) -> NDArray[np.float16]:
+    """The bags of some series, one after another: (slices, windows, dim)."""
+    rows = [worker.stores.catalog.embedding(series_uid, encoder_id) for series_uid in series_uids]
+    return np.concatenate(
+        [worker.stores.bags.get(EmbeddingKey(row.series_uid, encoder_id), row.content or "") for row in rows]
+    )
+
+
+def _throttled(note: Callable[..., None]) -> Callable[..., None]:
+    """The same call, but at most once in PROGRESS_SECONDS."""
+    last = float("-inf")
+
+    def maybe(*numbers: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            note(*numbers)
+
+    return maybe

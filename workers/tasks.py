@@ -1,0 +1,45 @@
+"""One thin task per verb. What they call is imported when they run: see workers/app.py."""
+
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from celery import shared_task
+from sqlalchemy.exc import OperationalError
+
+from service.queue import CHECK_CANARY, EMBED_SERIES, INDEX_BAGS, TRAIN_HEAD
+
+# What may be over in a moment: a disk or database that was away, a decoder that died. Bad data is never retried.
+RETRIED: dict[str, Any] = {
+    "autoretry_for": (OSError, OperationalError, BrokenProcessPool),
+    "retry_backoff": 2,
+    "max_retries": 5,
+}
+
+
+@shared_task(name=EMBED_SERIES, **RETRIED)
+def embed_series(series_uid: str, encoder_id: str) -> None:
+    from workers import pipeline, resources
+
+    if pipeline.embed_series(series_uid, encoder_id, resources.resources()):
+        index_bags.delay()
+
+
+@shared_task(name=INDEX_BAGS, **RETRIED)
+def index_bags() -> None:
+    from workers import pipeline, resources
+
+    pipeline.index_bags(resources.resources())
+
+
+@shared_task(name=TRAIN_HEAD, **RETRIED)
+def train_head(head_id: str) -> None:
+    from workers import pipeline, resources
+
+    pipeline.train_head(head_id, resources.resources())
+
+
+@shared_task(name=CHECK_CANARY)
+def check_canary() -> None:
+    from workers import pipeline, resources
+
+    pipeline.check_canary(resources.resources())
