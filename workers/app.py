@@ -1,7 +1,8 @@
 """The Celery app of the workers: `celery -A workers.app worker`.
 
-torch and lance do not survive a fork, so neither is imported here: the pool's parent stays without
-them, and each child loads its encoder when it has started.
+The pool is `solo`: one process that takes one task at a time. torch and lance do not survive a fork, and
+decoding runs in processes of its own, which a forked pool's children may not have. More GPUs or cores are
+more workers.
 """
 
 import logging
@@ -13,13 +14,14 @@ from service.settings import Settings
 
 app = celery_app(Settings())
 app.conf.imports = ("workers.tasks",)
-app.conf.worker_proc_alive_timeout = 120  # seconds a child may take to load torch and its encoder
+app.conf.worker_pool = "solo"
 
 log = logging.getLogger(__name__)
 
 
 @worker_process_init.connect
 def open_resources(**_: object) -> None:
+    """Load the service's encoder before the first task; torch and lance are in no other process of ours."""
     from models.specs import MissingWeights, WrongWeights
     from workers.resources import resources
 

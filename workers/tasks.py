@@ -1,4 +1,4 @@
-"""One thin task per verb. What they call is imported when they run: see workers/app.py."""
+"""One thin task per verb. What they call is imported when they run, so that naming a task loads no torch."""
 
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any

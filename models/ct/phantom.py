@@ -28,7 +28,7 @@ class Phantom:
 
 
 def chest(seed: int, lesion: bool, slices: int = 20, size: int = 256) -> Phantom:
-    """A chest of its own shape for every seed; with `lesion`, a solid lung mass of 24 to 36 mm."""
+    """A chest of its own shape for every seed; with `lesion`, a solid lung mass of 36 to 56 mm."""
     random = np.random.default_rng(seed)
     spacing = (10.0, 360.0 / size, 360.0 / size)
     z, y, x = np.meshgrid(
@@ -67,7 +67,7 @@ def chest(seed: int, lesion: bool, slices: int = 20, size: int = 256) -> Phantom
     if lesion:
         side = random.choice([-1, 1])
         centre = (random.uniform(-50, 60), random.uniform(-30, 25), side * random.uniform(66, 90))
-        radii = random.uniform(12, 18, size=3)
+        radii = random.uniform(18, 28, size=3)
         mass = paint(random.uniform(20, 60), centre, radii)
         reached = tuple(int(k) for k in np.flatnonzero(mass.any(axis=(1, 2))))
     hu = gaussian_filter(hu, (0, 0.7, 0.7))
@@ -78,8 +78,8 @@ def chest(seed: int, lesion: bool, slices: int = 20, size: int = 256) -> Phantom
 def _vessels(random: np.random.Generator, hu: Floats, lung: NDArray[np.bool_]) -> None:
     """Small dots of blood through the lung: what a lesion must be told from."""
     inside = np.argwhere(lung)
-    for k, row, column in inside[random.integers(len(inside), size=900)]:
-        radius = int(random.integers(0, 3))
+    for k, row, column in inside[random.integers(len(inside), size=500)]:
+        radius = int(random.integers(0, 2))
         patch = (k, slice(row - radius, row + radius + 1), slice(column - radius, column + radius + 1))
         hu[patch] = np.where(lung[patch], SOFT_TISSUE, hu[patch])
 
