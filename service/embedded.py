@@ -1,5 +1,6 @@
 """The one-machine default: broker, worker and API as child processes of one command, kept alive together."""
 
+import contextlib
 import ctypes
 import ipaddress
 import logging
@@ -45,7 +46,11 @@ class Child:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            self.command, env=self.environment, cwd=ROOT, start_new_session=True, preexec_fn=_die_with_parent
+            self.command,
+            env=self.environment,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  the supervisor has one thread
         )
         self.started = time.monotonic()
 
@@ -75,10 +80,9 @@ class Child:
         self.process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        try:
-            os.killpg(self.process.pid, number) if self.process else None
-        except ProcessLookupError:
-            pass
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
 
 def up(settings: Settings) -> None:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +22,7 @@ from models.heads.export import to_onnx, to_safetensors
 from models.heads.train import HeadOptions, LabelledBag, TooFewPatients
 from models.heads.train import train_head as fit
 from models.load import Encoder
-from models.specs import MissingWeights, WrongWeights
+from models.specs import ENCODERS, MissingWeights, WrongWeights
 from service.storage.archive import content_of
 from service.storage.index import SliceRows
 from service.storage.keys import EmbeddingKey
@@ -113,13 +114,13 @@ def train_head(head_id: str, worker: Resources) -> None:
         return
     row = heads.get(head_id)
     bags = [
-        LabelledBag(patient, tuple(map(float, target)), lambda uids=uids: _patient_bag(uids, row.encoder_id, worker))
+        LabelledBag(patient, tuple(map(float, target)), partial(_patient_bag, uids, row.encoder_id, worker))
         for patient, uids, target in row.targets["rows"]
     ]
     progress = _throttled(lambda done, known: heads.progress(head_id, done, known))
     try:
         trained = fit(bags, row.labels, HeadOptions(**row.options), progress)
-        graph = to_onnx(trained.ensemble, trained.ensemble.heads[0].encoder[0].in_features)
+        graph = to_onnx(trained.ensemble, ENCODERS[row.encoder_id.partition("@")[0]].dim)
     except TooFewPatients as error:
         heads.fail(head_id, str(error))
         return

@@ -4,14 +4,14 @@ They are for demonstrations and tests, where the truth must be known and nobody'
 that tells them apart says nothing about real patients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scipy.ndimage import gaussian_filter
 
 Floats = NDArray[np.float32]
@@ -40,7 +40,7 @@ def chest(seed: int, lesion: bool, slices: int = 20, size: int = 256) -> Phantom
     scale = random.uniform(0.88, 1.08)
     hu = np.full(x.shape, AIR, dtype=np.float32)
 
-    def paint(value: float, centre: Sequence[float], radii: Sequence[float]) -> NDArray[np.bool_]:
+    def paint(value: float, centre: Iterable[float], radii: Iterable[float]) -> NDArray[np.bool_]:
         """Set an ellipsoid, given in mm as (z, y, x), to a value."""
         offsets = [(axis - c * scale) / (r * scale) for axis, c, r in zip((z, y, x), centre, radii, strict=True)]
         inside: NDArray[np.bool_] = sum(offset**2 for offset in offsets) <= 1.0
@@ -121,7 +121,7 @@ def ct_slice(
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset = FileDataset("", Dataset(), file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID = meta.MediaStorageSOPClassUID = CTImageStorage
-    sop_uid = identity.uid("slice", identity.study, identity.series, str(number))
+    sop_uid = UID(identity.uid("slice", identity.study, identity.series, str(number)))
     dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID = sop_uid
     dataset.PatientID, dataset.PatientName = identity.patient_id, "Synthetic^Phantom"
     dataset.PatientBirthDate, dataset.PatientSex = "", "O"

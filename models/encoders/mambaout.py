@@ -1,5 +1,7 @@
 """MambaOut (Yu and Wang 2025, arXiv:2405.07992): gated convolutional blocks without the state space model."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from models.encoders.timm_import import timm
@@ -13,7 +15,7 @@ class MambaOutEmbedding(nn.Module):
 
     def __init__(self, network: str) -> None:
         super().__init__()
-        self.network = timm.create_model(network, num_classes=0)
+        self.network: Any = timm.create_model(network, num_classes=0)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, dim)."""

@@ -1,6 +1,5 @@
 """A trained head as bytes: safetensors for people, an ONNX graph that the API runs without torch."""
 
-import io
 import warnings
 
 import torch
@@ -27,6 +26,5 @@ def to_onnx(ensemble: Ensemble, dim: int) -> bytes:
             verbose=False,
         )
     assert program is not None
-    buffer = io.BytesIO()
-    program.save(buffer)
-    return buffer.getvalue()
+    graph: bytes = program.model_proto.SerializeToString()
+    return graph

@@ -28,7 +28,7 @@ def evaluate(truth: Floats, probability: Floats, patients: NDArray[Any], seed: i
     """
     answer: dict[str, Any] = {"bags": len(truth), "positives": int(truth.sum())}
     if len(np.unique(truth)) < 2:
-        return answer | {name: None for name in METRICS}
+        return answer | dict.fromkeys(METRICS)
     draws = _patient_draws(truth, patients, seed)
     for name, metric in METRICS.items():
         values = [metric(truth[rows], probability[rows]) for rows in draws]

@@ -63,15 +63,11 @@ def train_head(
     heads, fold_reports = [], []
     held_out = np.full(targets.shape, np.nan)
     for fold, (train, validation) in enumerate(splits):
-        head, fold_report = _train_fold(
-            instances,
-            targets,
-            train,
-            validation,
-            options,
-            fold,
-            lambda epoch, f=fold: on_epoch(f * options.epochs + epoch, len(splits) * options.epochs),
-        )
+
+        def note(epoch: int, before: int = fold * options.epochs) -> None:
+            on_epoch(before + epoch, len(splits) * options.epochs)
+
+        head, fold_report = _train_fold(instances, targets, train, validation, options, fold, note)
         held_out[validation] = _probabilities(head, [instances[k] for k in validation], options)
         heads.append(head)
         fold_reports.append(fold_report)
@@ -84,7 +80,7 @@ def train_head(
         "validation": {
             label: evaluate(truth[:, k], held_out[:, k], patients, options.seed) for k, label in enumerate(labels)
         },
-        "note": "validation figures: each patient by the fold that did not train on them, whose early stopping saw them",
+        "note": "validation: each patient by the fold that did not train on them, whose early stopping saw them",
     }
     return TrainedHead(Ensemble(heads, options.task == "one_of_n").eval(), report)
 
@@ -120,7 +116,7 @@ def _train_fold(
         best_loss, best_epoch, best_state = float("inf"), 0, copy.deepcopy(head.state_dict())
         for epoch in range(1, options.epochs + 1):
             head.train()
-            for batch in torch.from_numpy(train)[torch.randperm(len(train))].split(options.batch_size):
+            for batch in torch.from_numpy(train)[torch.randperm(len(train))].split(options.batch_size):  # type: ignore[no-untyped-call]
                 bag, present = pad([instances[k] for k in batch])
                 loss = _loss(head(bag, present)[0], targets[batch], options)
                 optimizer.zero_grad()

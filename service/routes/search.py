@@ -44,7 +44,8 @@ def _stored(query: SearchRequest, stores: Stores, encoder_id: str, windows: list
     bag = stores.bags.get(EmbeddingKey(query.series_uid, encoder_id), row.content or "")
     if query.slice >= len(bag):
         raise SliceNotFound(f"no slice {query.slice}, expected 0 to {len(bag) - 1}")
-    return bag[query.slice, windows.index(query.window)].astype(np.float64)
+    vector: NDArray[np.float64] = bag[query.slice, windows.index(query.window)].astype(np.float64)
+    return vector
 
 
 def _where(query: SearchRequest, stores: Stores) -> list[str] | None:

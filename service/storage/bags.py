@@ -1,6 +1,5 @@
 """Zarr: one (slices, windows, dim) float16 array per EmbeddingKey, with its receipt in the attributes."""
 
-import os
 import shutil
 import uuid
 from pathlib import Path
@@ -40,7 +39,7 @@ class Bags:
         array.attrs.update({"layout_version": LAYOUT_VERSION, "receipt": receipt})
         fsync_tree(temporary)
         try:
-            os.rename(temporary, path)
+            temporary.rename(path)
         except OSError:  # another worker's bag of the same content came first
             shutil.rmtree(temporary)
             if not path.exists():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Select, and_, func, or_, select, update
+from sqlalchemy import and_, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -240,7 +240,7 @@ class Catalog:
         answer: dict[str, list[tuple[str, str]]] = {}
         with self._database.read() as session:
             for start in range(0, len(names), 500):  # SQLite takes a limited number of parameters
-                part: Select[tuple[str, str, str | None, str]] = (
+                part = (
                     select(column, SeriesRow.series_uid, EmbeddingRow.series_uid, SeriesRow.patient_key)
                     .select_from(SeriesRow)
                     .join(SeriesRow.patient)
@@ -265,7 +265,7 @@ class Catalog:
             archived = select(SeriesRow.series_uid, SeriesRow.received).join(
                 JobSeriesRow, JobSeriesRow.series_uid == SeriesRow.series_uid
             )
-            received = {uid: count for uid, count in session.execute(archived.where(JobSeriesRow.job_id == job_id))}
+            received = dict(session.execute(archived.where(JobSeriesRow.job_id == job_id)).tuples().all())
         return job, rows, received
 
     def last_embedded_at(self) -> Any:

@@ -61,8 +61,8 @@ class SliceIndex:
         table = self._open(encoder_id)
         if table is None or table.count_rows() == 0:
             return []
-        query = table.search(vector.astype(np.float32), vector_column_name="vector").distance_type("cosine")
-        query = query.bypass_vector_index().limit(k).select([*_columns(), "_distance"])
+        query: Any = table.search(vector.astype(np.float32), vector_column_name="vector")
+        query = query.distance_type("cosine").bypass_vector_index().limit(k).select([*_columns(), "_distance"])
         if where:
             query = query.where(where, prefilter=True)
         hits: list[dict[str, Any]] = query.to_list()
