@@ -58,7 +58,9 @@ def train_head(
     """
     instances = [torch.from_numpy(bag.load()).flatten(0, 1) for bag in bags]  # each (N, D), float16
     targets = torch.tensor([bag.target for bag in bags])  # (bags, labels)
-    patients = np.array([bag.patient for bag in bags])
+    # Numbered in the table's order: opaque keys differ from service to service, splits must not.
+    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(bag.patient for bag in bags))}
+    patients = np.array([numbers[bag.patient] for bag in bags])
     splits = list(_splits(targets.numpy(), patients, options))
     heads, fold_reports = [], []
     held_out = np.full(targets.shape, np.nan)
