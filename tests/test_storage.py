@@ -1,0 +1,157 @@
+"""Bags, archive and index: what is written, what a reader may see."""
+
+import os
+
+import numpy as np
+import pytest
+import zarr
+
+from models.ct.phantom import Identity
+from service.storage.archive import Archive
+from service.storage.bags import Bags
+from service.storage.index import SliceIndex, SliceRows
+from service.storage.keys import EmbeddingKey
+
+ENCODER = "toy@0123456789ab"
+KEY = EmbeddingKey("1.2.3", ENCODER)
+
+
+@pytest.fixture
+def bag() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(5, 2, 8)).astype(np.float16)
+
+
+def rows(bag: np.ndarray, series_uid: str = "1.2.3", patient: str = "p", study: str = "1.2") -> SliceRows:
+    sop_uids, z_mm = [f"{series_uid}.{k}" for k in range(len(bag))], [5.0 * k for k in range(len(bag))]
+    return SliceRows(EmbeddingKey(series_uid, ENCODER), patient, study, sop_uids, z_mm, ["abdomen", "lung"], bag)
+
+
+def test_a_bag_comes_back_with_its_receipt(tmp_path, bag):
+    bags = Bags(tmp_path)
+
+    bags.put(KEY, "c0", bag, {"sop_uids": ["1"]})
+
+    assert np.array_equal(bags.get(KEY, "c0"), bag)
+    assert bags.get(KEY, "c0").dtype == np.float16
+    assert bags.receipt(KEY, "c0") == {"sop_uids": ["1"]}
+
+
+def test_a_bag_is_one_chunk_that_numpy_reads_alone(tmp_path, bag):
+    Bags(tmp_path).put(KEY, "c0", bag, {})
+    folder = tmp_path / ENCODER / "1.2.3" / "c0.zarr"
+
+    alone = np.fromfile(folder / "c" / "0" / "0" / "0", dtype="<f2").reshape(5, 2, 8)
+
+    assert np.array_equal(alone, bag)
+    assert zarr.open_array(folder, mode="r").metadata.dimension_names == ("slice", "window", "dim")
+
+
+def test_a_bag_that_dies_while_it_is_written_is_not_there(tmp_path, bag, monkeypatch):
+    bags = Bags(tmp_path)
+
+    def die(*_arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(OSError, match="no space"):
+        bags.put(KEY, "c0", bag, {})
+    monkeypatch.undo()
+
+    with pytest.raises(FileNotFoundError):
+        bags.get(KEY, "c0")
+    bags.put(KEY, "c0", bag, {})
+    bags.keep_only(KEY, "c0")
+    assert [path.name for path in (tmp_path / ENCODER / "1.2.3").iterdir()] == ["c0.zarr"]
+
+
+def test_the_archive_takes_an_instance_once(tmp_path):
+    archive, answers = Archive(tmp_path / "archive"), []
+    for content in (b"first", b"second"):
+        (tmp_path / "staged").write_bytes(content)
+        answers.append(archive.add("1.2.3", "1.2.3.4", tmp_path / "staged"))
+
+    assert answers == [True, False]
+    assert archive.file("1.2.3", "1.2.3.4").read_bytes() == b"first"
+    assert not (tmp_path / "staged").exists()
+
+
+def test_the_archives_content_changes_with_its_instances(tmp_path):
+    archive, seen = Archive(tmp_path / "archive"), []
+    for sop_uid in ("1", "2", "2", "3"):
+        (tmp_path / "staged").write_bytes(b"DICM")
+        archive.add("1.2.3", sop_uid, tmp_path / "staged")
+        seen.append(archive.content("1.2.3"))
+
+    assert [count for _, count in seen] == [1, 2, 2, 3]
+    assert len({content for content, _ in seen}) == 3
+
+
+def test_the_index_equals_the_bags_row_by_row(tmp_path, bag):
+    index = SliceIndex(tmp_path)
+
+    index.replace(ENCODER, [rows(bag), rows(bag * 2, "1.2.4")])
+
+    table = index.rows(ENCODER).to_pylist()
+    assert len(table) == len({row["row_id"] for row in table}) == 20
+    for row in table:
+        expected = (bag if row["series_uid"] == "1.2.3" else bag * 2)[
+            row["slice"], ["abdomen", "lung"].index(row["window"])
+        ]
+        assert np.array_equal(np.array(row["vector"], dtype=np.float16), expected)
+        assert row["row_id"] == f"{row['series_uid']}/{row['slice']}/{row['window']}"
+
+
+def test_a_series_replaced_leaves_no_row_of_before(tmp_path, bag):
+    index = SliceIndex(tmp_path)
+    index.replace(ENCODER, [rows(bag), rows(bag, "1.2.4")])
+
+    for _ in range(2):
+        index.replace(ENCODER, [rows(bag[:3])])
+
+    table = index.rows(ENCODER).to_pylist()
+    counts = {uid: sum(row["series_uid"] == uid for row in table) for uid in ("1.2.3", "1.2.4")}
+    assert counts == {"1.2.3": 6, "1.2.4": 10}
+
+
+@pytest.mark.parametrize("where", [None, "window = 'lung'", "series_uid != '1.2.3'", "patient_key = 'q'"])
+def test_search_equals_brute_force_over_the_rows_that_count(tmp_path, where):
+    random = np.random.default_rng(1)
+    index = SliceIndex(tmp_path)
+    every = [rows(random.normal(size=(40, 2, 8)).astype(np.float16), f"1.2.{k}", "pq"[k % 2]) for k in range(3, 7)]
+    index.replace(ENCODER, every)
+    query = random.normal(size=8)
+    keep = {
+        None: lambda row: True,
+        "window = 'lung'": lambda row: row["window"] == "lung",
+        "series_uid != '1.2.3'": lambda row: row["series_uid"] != "1.2.3",
+        "patient_key = 'q'": lambda row: row["patient_key"] == "q",
+    }[where]
+
+    hits = index.nearest(ENCODER, query, 10, where)
+
+    scores = {}
+    for row in filter(keep, index.rows(ENCODER).to_pylist()):
+        vector = np.array(row["vector"], dtype=np.float64)
+        scores[row["row_id"]] = vector @ query / np.linalg.norm(vector) / np.linalg.norm(query)
+    expected = sorted(scores, key=scores.__getitem__, reverse=True)[:10]
+    assert [f"{hit['series_uid']}/{hit['slice']}/{hit['window']}" for hit in hits] == expected
+    assert np.allclose([1 - hit["_distance"] for hit in hits], [scores[name] for name in expected], atol=1e-3)
+
+
+def test_an_index_that_is_not_there_answers_nothing(tmp_path):
+    assert SliceIndex(tmp_path).nearest(ENCODER, np.ones(8), 10, None) == []
+
+
+def test_compaction_changes_no_row(tmp_path, bag):
+    index = SliceIndex(tmp_path)
+    for k in range(5):
+        index.replace(ENCODER, [rows(bag + k, f"1.2.{k}")])
+    before = sorted(index.rows(ENCODER).to_pylist(), key=lambda row: row["row_id"])
+
+    index.tidy(ENCODER)
+
+    assert sorted(index.rows(ENCODER).to_pylist(), key=lambda row: row["row_id"]) == before
+
+
+def test_identities_are_stable():
+    assert Identity("A").series_uid == Identity("A").series_uid != Identity("B").series_uid
