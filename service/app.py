@@ -72,6 +72,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description="Research use only; not a medical device.",
         version=version("keyslice"),
         lifespan=lifespan,
+        redirect_slashes=False,
         responses={
             "4XX": {"description": "What was found and what was expected", "content": {PROBLEM: PROBLEM_CONTENT}}
         },

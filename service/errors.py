@@ -3,7 +3,7 @@
 KeysliceError
 ├── NotFound
 │   ├── SeriesNotFound, PatientNotFound, StudyNotFound, SliceNotFound
-│   ├── EmbeddingNotFound, EncoderNotFound, WindowNotFound
+│   ├── EncoderNotFound, WindowNotFound
 │   └── HeadNotFound, JobNotFound
 ├── BadRequest
 │   ├── BadUpload            EmptyUpload, BadArchive, NothingUsable, UploadTooLarge
@@ -45,10 +45,6 @@ class StudyNotFound(NotFound):
 
 class SliceNotFound(NotFound):
     """The series has no slice of this number."""
-
-
-class EmbeddingNotFound(NotFound):
-    """The series was never embedded with this encoder."""
 
 
 class EncoderNotFound(NotFound):

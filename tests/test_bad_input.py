@@ -1,6 +1,7 @@
 """What callers do wrong: each a 4xx problem that says what was found, with nothing left behind."""
 
 import io
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import httpx
 import numpy as np
 import pytest
 from posting import embed, post, slice_files, tarred, wait
+from pydicom.encaps import encapsulate
+from pydicom.uid import MPEG2MPML
 
 from models.ct.phantom import Identity
 from service.embedded import Running
@@ -104,8 +107,6 @@ class TestUploads:
         problem(post(http, [("series.tar", tarred([(name, content)]))]), 422, "bad-archive")
 
     def test_a_tar_with_a_link(self, http):
-        import tarfile
-
         body = io.BytesIO()
         with tarfile.open(fileobj=body, mode="w") as archive:
             link = tarfile.TarInfo("link.dcm")
@@ -164,7 +165,9 @@ def test_an_undecodable_slice_is_named_and_the_rest_goes_on(http):
 def test_an_unsupported_syntax_is_named_at_once(http):
     def unsupported(number, dataset):
         if number == 2:
-            dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.100"  # MPEG2
+            dataset.file_meta.TransferSyntaxUID = MPEG2MPML
+            dataset.PixelData = encapsulate([dataset.PixelData])
+            dataset["PixelData"].is_undefined_length = True
 
     answer = embed(http, slice_files(Identity("MPEG"), count=6, change=unsupported))
 

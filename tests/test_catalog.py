@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.errors import EmbeddingNotFound, NotEmbeddedYet, OtherEncoder, PatientNotFound, SeriesNotFound
+from service.errors import NotEmbeddedYet, OtherEncoder, PatientNotFound, SeriesNotFound
 from service.storage.catalog import Arrival
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
@@ -142,8 +142,6 @@ def test_what_is_embedded_and_not_indexed_is_listed_until_it_is(received):
 def test_an_embedding_is_there_committed_or_not_at_all(received):
     with pytest.raises(SeriesNotFound):
         received.catalog.embedding("9.9", ENCODER)
-    with pytest.raises(EmbeddingNotFound):
-        received.catalog.embedding("1.2.3", "other@0123456789ab")
     with pytest.raises(OtherEncoder):
         received.catalog.embedding("1.2.3", "toy@ffffffffffff")
     with pytest.raises(NotEmbeddedYet):

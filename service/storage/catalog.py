@@ -11,7 +11,6 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.errors import (
-    EmbeddingNotFound,
     JobNotFound,
     NotEmbeddedYet,
     OtherEncoder,
@@ -187,18 +186,15 @@ class Catalog:
             return list(session.scalars(query).unique())
 
     def embedding(self, series_uid: str, encoder_id: str) -> EmbeddingRow:
-        """The committed embedding. Raises SeriesNotFound, EmbeddingNotFound, NotEmbeddedYet or OtherEncoder."""
+        """The committed embedding. Raises SeriesNotFound, NotEmbeddedYet or OtherEncoder."""
         series = self.series(series_uid)
         for row in series.embeddings:
             if row.encoder_id == encoder_id:
                 if row.content is None:
                     raise NotEmbeddedYet(f"series {series_uid} is {row.state}, expected embedded", state=row.state)
                 return row
-        name = encoder_id.partition("@")[0]
-        present = [row.encoder_id for row in series.embeddings]
-        if any(row.startswith(f"{name}@") for row in present):
-            raise OtherEncoder(f"series {series_uid} has embeddings of {', '.join(present)}, expected {encoder_id}")
-        raise EmbeddingNotFound(f"series {series_uid} has embeddings of {', '.join(present)}, none of {encoder_id}")
+        present = ", ".join(row.encoder_id for row in series.embeddings)
+        raise OtherEncoder(f"series {series_uid} has embeddings of {present}, expected {encoder_id}")
 
     def patient_embeddings(
         self, patient_id: str, encoder_id: str, *, series_uid: str | None = None, study_uid: str | None = None

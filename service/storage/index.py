@@ -84,9 +84,11 @@ class SliceIndex:
         existing = self._open(encoder_id)
         if existing is not None:
             return existing
+        from lancedb.index import Bitmap, BTree
+
         table = self._connect().create_table(_name(encoder_id), schema=schema)
-        table.create_scalar_index("series_uid", index_type="BTREE")
-        table.create_scalar_index("window", index_type="BITMAP")
+        table.create_index("series_uid", config=BTree())
+        table.create_index("window", config=Bitmap())
         return table
 
     def _open(self, encoder_id: str) -> "lancedb.table.Table | None":

@@ -1,0 +1,199 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom import uid
+from pydicom.dataset import FileDataset
+from pydicom.encaps import encapsulate
+from synthetic import IDENTITY, write_slice
+
+from models.ct.screening import Reason, SetAside, screened_header, slice_normal, tilt_degrees
+
+
+def outcome(path: Path) -> Reason | str:
+    found = screened_header(path)
+    return found.reason if isinstance(found, SetAside) else "usable"
+
+
+def setting(**elements):
+    def change(dataset: FileDataset) -> None:
+        for keyword, value in elements.items():
+            setattr(dataset, keyword, value)
+
+    return change
+
+
+def without(*keywords):
+    def change(dataset: FileDataset) -> None:
+        for keyword in keywords:
+            delattr(dataset, keyword)
+
+    return change
+
+
+def test_a_plain_axial_slice_is_usable(tmp_path):
+    header = screened_header(write_slice(tmp_path))
+
+    assert isinstance(header, FileDataset)
+    assert (header.SeriesInstanceUID, header.Rows, header.Columns) == (IDENTITY.series_uid, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (setting(Modality="MR"), Reason.NOT_CT),
+        (setting(Modality="PT"), Reason.NOT_CT),
+        (without("Modality"), Reason.NOT_CT),
+        (setting(SeriesInstanceUID="1.2..3"), Reason.INVALID_UID),
+        (setting(SeriesInstanceUID="../x"), Reason.INVALID_UID),
+        (setting(SeriesInstanceUID="1.2/../../3"), Reason.INVALID_UID),
+        (setting(SeriesInstanceUID="1." * 32 + "1"), Reason.INVALID_UID),  # 65 characters
+        (setting(SeriesInstanceUID=""), Reason.INVALID_UID),
+        (setting(SOPInstanceUID="1.2.x"), Reason.INVALID_UID),
+        (setting(StudyInstanceUID="../../etc"), Reason.INVALID_UID),
+        (without("StudyInstanceUID"), Reason.INVALID_UID),
+        (setting(SOPClassUID=uid.EnhancedCTImageStorage), Reason.MULTIFRAME),
+        (setting(SOPClassUID=uid.LegacyConvertedEnhancedCTImageStorage), Reason.MULTIFRAME),
+        (setting(NumberOfFrames=2), Reason.MULTIFRAME),
+        (setting(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), Reason.LOCALIZER),
+        (setting(ImageType=["ORIGINAL", "PRIMARY", "scout view"]), Reason.LOCALIZER),
+        (setting(ImageType="LOCALIZER"), Reason.LOCALIZER),
+        (setting(SOPClassUID=uid.SecondaryCaptureImageStorage), Reason.SECONDARY_CAPTURE),
+        (setting(ImageType=["DERIVED", "SECONDARY", "SCREEN SAVE"]), Reason.SECONDARY_CAPTURE),
+        (without("PixelData"), Reason.NO_PIXELS),
+        (without("Rows"), Reason.NO_PIXELS),
+        (setting(Columns=0), Reason.NO_PIXELS),
+        (setting(SamplesPerPixel=3, PhotometricInterpretation="RGB"), Reason.NOT_GRAYSCALE),
+        (setting(PhotometricInterpretation="MONOCHROME1"), Reason.NOT_GRAYSCALE),
+        (without("ImagePositionPatient"), Reason.NO_POSITION),
+        (without("ImageOrientationPatient"), Reason.NO_POSITION),
+        (setting(ImagePositionPatient=[0, 0]), Reason.NO_POSITION),
+        (setting(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), Reason.NO_POSITION),
+        (setting(ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), Reason.NOT_AXIAL),  # coronal
+        (setting(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), Reason.NOT_AXIAL),  # sagittal
+        (setting(RescaleSlope=0), Reason.BAD_RESCALE),
+    ],
+    ids=lambda value: value.value if isinstance(value, Reason) else "",
+)
+def test_what_is_no_axial_ct_slice_is_set_aside_with_its_reason(tmp_path, change, reason):
+    found = screened_header(write_slice(tmp_path, change))
+
+    assert isinstance(found, SetAside)
+    assert found.reason == reason
+    assert IDENTITY.patient_id not in found.detail
+    assert "Phantom" not in found.detail
+
+
+def test_a_file_set_aside_still_names_its_series(tmp_path):
+    found = screened_header(write_slice(tmp_path, setting(RescaleSlope=0)))
+
+    assert found == SetAside(Reason.BAD_RESCALE, "RescaleSlope is 0", IDENTITY.series_uid)
+
+
+def test_a_transfer_syntax_without_decoder_is_set_aside(tmp_path):
+    def change(dataset):
+        dataset.file_meta.TransferSyntaxUID = uid.UID("1.2.840.10008.1.2.4.55")
+        dataset.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
+        dataset["PixelData"].is_undefined_length = True
+
+    assert outcome(write_slice(tmp_path, change)) == Reason.UNSUPPORTED_TRANSFER_SYNTAX
+
+
+@pytest.mark.parametrize("garbage", [b"not a number", b"nan         ", b"1\\2         "])
+def test_a_rescale_that_is_no_number_is_set_aside(tmp_path, garbage):
+    path = write_slice(tmp_path, setting(RescaleIntercept="-1023.987654"))
+    path.write_bytes(path.read_bytes().replace(b"-1023.987654", garbage))
+
+    assert outcome(path) == Reason.BAD_RESCALE
+
+
+def test_a_header_whose_values_cannot_be_read_is_set_aside(tmp_path):
+    path = write_slice(tmp_path, setting(NumberOfFrames="12345678"))
+    path.write_bytes(path.read_bytes().replace(b"12345678", b"abcdefgh"))
+
+    assert outcome(path) == Reason.UNREADABLE_HEADER
+
+
+@pytest.mark.parametrize("content", [b"", b"patients: none\n", b"\0" * 4096, bytes(range(256)) * 20])
+def test_a_file_that_is_no_dicom_is_set_aside(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+
+    assert outcome(path) == Reason.NOT_DICOM
+
+
+def test_a_file_without_preamble_and_marker_is_read_all_the_same(tmp_path):
+    path = write_slice(tmp_path)
+    path.write_bytes(path.read_bytes()[132:])
+
+    assert outcome(path) == "usable"
+
+
+def test_an_export_without_sop_class_is_usable_where_the_modality_says_ct(tmp_path):
+    assert outcome(write_slice(tmp_path, without("SOPClassUID"))) == "usable"
+
+
+@pytest.mark.parametrize(("degrees", "expected"), [(30, "usable"), (34, "usable"), (36, Reason.NOT_AXIAL)])
+def test_a_gantry_may_tilt_but_a_reformat_may_not(tmp_path, degrees, expected):
+    angle = np.radians(degrees)
+    path = write_slice(tmp_path, setting(ImageOrientationPatient=[1, 0, 0, 0, np.cos(angle), -np.sin(angle)]))
+
+    assert outcome(path) == expected
+
+
+@pytest.mark.parametrize(
+    "orientation", [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, -1, 0], [-1, 0, 0, 0, 1, 0], [0, 1, 0, 1, 0, 0], [2, 0, 0, 0, 3, 0]]
+)
+def test_the_normal_of_an_axial_slice_points_to_the_head_whichever_way_the_image_is_flipped(orientation):
+    normal = slice_normal(np.array(orientation, dtype=np.float64))
+
+    assert normal.tolist() == [0, 0, 1]
+    assert tilt_degrees(normal) == 0
+
+
+CORNERSTONE = "cornerstone/CTImage.dcm"
+ODDITIES = {
+    CORNERSTONE: "usable",
+    f"{CORNERSTONE}_BigEndianExplicitTransferSyntax_1.2.840.10008.1.2.2.dcm": "usable",
+    f"{CORNERSTONE}_DeflatedExplicitVRLittleEndianTransferSyntax_1.2.840.10008.1.2.1.99.dcm": "usable",
+    f"{CORNERSTONE}_JPEG2000LosslessOnlyTransferSyntax_1.2.840.10008.1.2.4.90.dcm": "usable",
+    f"{CORNERSTONE}_JPEG2000TransferSyntax_1.2.840.10008.1.2.4.91.dcm": "usable",
+    f"{CORNERSTONE}_JPEGLSLosslessTransferSyntax_1.2.840.10008.1.2.4.80.dcm": "usable",
+    f"{CORNERSTONE}_JPEGLSLossyTransferSyntax_1.2.840.10008.1.2.4.81.dcm": "usable",
+    f"{CORNERSTONE}_JPEGProcess10_12TransferSyntax_1.2.840.10008.1.2.4.55.dcm": Reason.UNSUPPORTED_TRANSFER_SYNTAX,
+    f"{CORNERSTONE}_JPEGProcess14SV1TransferSyntax_1.2.840.10008.1.2.4.70.dcm": "usable",
+    f"{CORNERSTONE}_JPEGProcess14TransferSyntax_1.2.840.10008.1.2.4.57.dcm": "usable",
+    f"{CORNERSTONE}_JPEGProcess1TransferSyntax_1.2.840.10008.1.2.4.50.dcm": "usable",
+    f"{CORNERSTONE}_JPEGProcess2_4TransferSyntax_1.2.840.10008.1.2.4.51.dcm": "usable",  # its pixels are not
+    f"{CORNERSTONE}_JPEGProcess6_8TransferSyntax_1.2.840.10008.1.2.4.53.dcm": Reason.UNSUPPORTED_TRANSFER_SYNTAX,
+    f"{CORNERSTONE}_LittleEndianExplicitTransferSyntax_1.2.840.10008.1.2.1.dcm": "usable",
+    f"{CORNERSTONE}_LittleEndianImplicitTransferSyntax_1.2.840.10008.1.2.dcm": "usable",
+    f"{CORNERSTONE}_RLELosslessTransferSyntax_1.2.840.10008.1.2.5.dcm": "usable",
+    "cornerstone/CT0012.fragmented_no_bot_jpeg_baseline.51.dcm": Reason.MULTIFRAME,
+    "misc/covid19-ny-sbu_A002304_axial.dcm": "usable",
+    "misc/covid19-ny-sbu_A002304_coronal.dcm": Reason.NOT_AXIAL,
+    "misc/dcmqi_ct3slice_01.dcm": "usable",
+    "misc/dcmqi_ct3slice_02.dcm": "usable",
+    "misc/dcmqi_ct3slice_03.dcm": "usable",
+    "misc/dcmqi_ct3slice_SEG_liver.dcm": Reason.NOT_CT,
+    "misc/tcga-ucec_D1-A0ZP_topogram.dcm": Reason.LOCALIZER,
+    "pydicom/bad_sequence.dcm": Reason.INVALID_UID,  # its UIDs are hexadecimal hashes
+    "pydicom/eCT_Supplemental.dcm": Reason.MULTIFRAME,
+    "pydicom/explicit_VR-UN.dcm": "usable",
+    # anonymised by emptying all three UIDs
+    **{
+        f"totalseg_ct20/CT.1.3.12.2.1107.5.1.4.60064.300000221208081134280000165{number}": Reason.INVALID_UID
+        for number in range(73, 93)
+    },
+}
+
+
+@pytest.mark.parametrize("name", ODDITIES)
+def test_every_oddity_has_its_outcome(data, name):
+    assert outcome(data / "oddities" / name) == ODDITIES[name]
+
+
+def test_no_oddity_is_left_out_of_the_table(data):
+    folder = data / "oddities"
+
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == set(ODDITIES)
