@@ -81,7 +81,7 @@ def _zip_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    with tarfile.open(path, "r|*", bufsize=COPY_BYTES) as archive:
+    with tarfile.open(path) as archive:
         for member in archive:
             _refuse_escape(member.name)
             if member.isdir():

@@ -68,7 +68,7 @@ class Queue:
         try:
             for key in keys:
                 self._send(EMBED_SERIES, key.series_uid, key.encoder_id)
-                self._stores.catalog.sent(key)
+            self._stores.catalog.sent(keys)
         except BrokerDown:
             log.warning("broker does not answer; the sweep will send %d messages later", len(keys))
 

@@ -39,7 +39,7 @@ def received(stores: Stores) -> Stores:
 def test_states_follow_each_other(received):
     catalog, seen = received.catalog, []
     seen.append(catalog.series("1.2.3").state)
-    catalog.sent(KEY)
+    catalog.sent([KEY])
     seen.append(catalog.series("1.2.3").state)
     assert catalog.claim(KEY, "worker", STALE, ATTEMPTS)
     seen.append(catalog.series("1.2.3").state)

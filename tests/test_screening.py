@@ -142,7 +142,8 @@ def test_a_gantry_may_tilt_but_a_reformat_may_not(tmp_path, degrees, expected):
 
 
 @pytest.mark.parametrize(
-    "orientation", [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, -1, 0], [-1, 0, 0, 0, 1, 0], [0, 1, 0, 1, 0, 0], [2, 0, 0, 0, 3, 0]]
+    "orientation",
+    [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, -1, 0], [-1, 0, 0, 0, 1, 0], [0, 1, 0, 1, 0, 0], [2, 0, 0, 0, 3, 0]],
 )
 def test_the_normal_of_an_axial_slice_points_to_the_head_whichever_way_the_image_is_flipped(orientation):
     normal = slice_normal(np.array(orientation, dtype=np.float64))

@@ -166,9 +166,7 @@ def test_missing_rescale_is_a_finding_that_says_what_was_assumed(tmp_path):
 
     assert [each.slope for each in series.slices] == [1, None, 1, 1, 1, 1]
     assert [each.intercept for each in series.slices] == [-1024, None, None, -1024, -1024, -1024]
-    assert series.verdict().findings == (
-        Finding("missing_rescale", {"slices": 2, "assumed": "slope 1, intercept 0"}),
-    )
+    assert series.verdict().findings == (Finding("missing_rescale", {"slices": 2, "assumed": "slope 1, intercept 0"}),)
 
 
 def test_a_lossy_source_is_a_finding(tmp_path):

@@ -33,9 +33,9 @@ def block_mean(image, factor):
     rows, columns = (length // factor for length in image.shape)
     mean = np.empty((rows, columns))
     for row, column in itertools.product(range(rows), range(columns)):
-        mean[row, column] = image[
-            row * factor : (row + 1) * factor, column * factor : (column + 1) * factor
-        ].mean(dtype=np.float64)
+        mean[row, column] = image[row * factor : (row + 1) * factor, column * factor : (column + 1) * factor].mean(
+            dtype=np.float64
+        )
     return mean
 
 

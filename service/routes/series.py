@@ -114,16 +114,19 @@ def get_image(
         raise SliceNotFound(f"slice {slice_number} can no longer be read: {error}") from error
     picture = io.BytesIO()
     Image.fromarray(np.round(apply_window(hu, WINDOWS[window]) * 255).astype(np.uint8)).save(picture, "PNG")
-    return Response(picture.getvalue(), media_type="image/png")
+    # A minute: slices that come later may move the numbers.
+    headers = {"Cache-Control": "private, max-age=60"}
+    return Response(picture.getvalue(), media_type="image/png", headers=headers)
 
 
 def _ask(intake: Intake, stores: Stores, queue: Queue) -> UploadReceived:
     """Send for the embeddings of what was taken in, and tell the sender."""
     queue.embed(stores.catalog.waiting(intake.job_id))
+    _, embeddings, _ = stores.catalog.job(intake.job_id)
     received = [
         SeriesReceived(
             series_uid=each.series_uid,
-            state=stores.catalog.series(each.series_uid).state,
+            state=embeddings[each.series_uid].state,
             received=each.received,
             duplicates=each.duplicates,
             set_aside=[FileSetAside.model_validate(file) for file in each.set_aside],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select, update
+from sqlalchemy import Select, and_, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -67,19 +67,16 @@ class Catalog:
 
     def waiting(self, job_id: str) -> list[EmbeddingKey]:
         """The job's embeddings that no message has been sent for."""
-        mine = (JobSeriesRow.series_uid == EmbeddingRow.series_uid) & (
-            JobSeriesRow.encoder_id == EmbeddingRow.encoder_id
-        )
-        query = select(EmbeddingRow).join(JobSeriesRow, mine)
+        query = _of_job(job_id).where(EmbeddingRow.state == "received")
         with self._database.read() as session:
-            rows = session.scalars(query.where(JobSeriesRow.job_id == job_id, EmbeddingRow.state == "received"))
-            return sorted(EmbeddingKey(row.series_uid, row.encoder_id) for row in rows)
+            return sorted(EmbeddingKey(row.series_uid, row.encoder_id) for row in session.scalars(query))
 
-    def sent(self, key: EmbeddingKey) -> None:
-        """A message for this embedding is with the broker."""
+    def sent(self, keys: Sequence[EmbeddingKey]) -> None:
+        """Messages for these embeddings are with the broker."""
         with self._database.write() as session:
-            rows = update(EmbeddingRow).where(_is(key), EmbeddingRow.state.in_(WAITING))
-            session.execute(rows.values(state="queued", touched_at=now()))
+            for key in keys:
+                rows = update(EmbeddingRow).where(_is(key), EmbeddingRow.state.in_(WAITING))
+                session.execute(rows.values(state="queued", touched_at=now()))
 
     def lost(self, stale_seconds: float, queue_is_empty: bool) -> list[EmbeddingKey]:
         """Embeddings whose worker fell silent or whose message is gone; they are waiting again."""
@@ -256,8 +253,7 @@ class Catalog:
             job = session.get(JobRow, job_id)
             if job is None:
                 raise JobNotFound(f"no job {job_id}")
-            keys = [(each.series_uid, each.encoder_id) for each in job.series]
-            rows = {key[0]: session.get_one(EmbeddingRow, key) for key in keys}
+            rows = {row.series_uid: row for row in session.scalars(_of_job(job_id).order_by(EmbeddingRow.series_uid))}
             archived = select(SeriesRow.series_uid, SeriesRow.received).join(
                 JobSeriesRow, JobSeriesRow.series_uid == SeriesRow.series_uid
             )
@@ -296,6 +292,11 @@ def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive)
     elif embedding.state == "failed" or (changed and embedding.state not in OPEN):
         embedding.state, embedding.attempts, embedding.error = "received", 0, None
     session.flush()
+
+
+def _of_job(job_id: str) -> Select[Any]:
+    mine = and_(JobSeriesRow.series_uid == EmbeddingRow.series_uid, JobSeriesRow.encoder_id == EmbeddingRow.encoder_id)
+    return select(EmbeddingRow).join(JobSeriesRow, mine).where(JobSeriesRow.job_id == job_id)
 
 
 def _is(key: EmbeddingKey) -> Any:

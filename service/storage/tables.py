@@ -126,7 +126,6 @@ class JobRow(Row):
     head_id: Mapped[str | None] = mapped_column(ForeignKey(HeadRow.head_id))
 
     head: Mapped[HeadRow | None] = relationship(lazy="joined")
-    series: Mapped[list["JobSeriesRow"]] = relationship(lazy="selectin", order_by="JobSeriesRow.series_uid")
 
 
 class JobSeriesRow(Row):

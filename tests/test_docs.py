@@ -1,0 +1,80 @@
+"""Every setting, route, reason and file the docs speak of is there, and the other way round."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from models.ct.screening import Reason
+from service.app import create_app
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def openapi(tmp_path_factory) -> dict:
+    return create_app(Settings(data_dir=tmp_path_factory.mktemp("docs"))).openapi()
+
+
+def test_every_setting_is_documented_with_its_default():
+    page = (ROOT / "docs/operations.md").read_text()
+
+    rows = dict(re.findall(r"^\| `(KEYSLICE_\w+)` \| (?:`(.*?)`)? ?\|", page, re.MULTILINE))
+
+    expected = {f"KEYSLICE_{name.upper()}": field.default for name, field in Settings.model_fields.items()}
+    assert rows == {name: "" if default is None else str(default) for name, default in expected.items()}
+
+
+def test_every_call_is_documented(openapi):
+    page = (ROOT / "docs/api.md").read_text()
+
+    documented = {(method, path) for method, path in re.findall(r"^\| `([A-Z]+) ([^`?]+)", page, re.MULTILINE)}
+
+    offered = {
+        (method.upper(), re.sub(r":path", "", path)) for path, calls in openapi["paths"].items() for method in calls
+    }
+    assert documented == offered
+
+
+def test_every_reason_is_documented():
+    page = (ROOT / "docs/dicom.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {str(reason) for reason in Reason}
+
+
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_walk_is_ten_files():
+    walk = re.findall(r"^\d+\. \[([\w/.]+)\]", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(walk) == 10
+    assert all((ROOT / path).is_file() for path in walk)
+
+
+def test_answers_are_problems_in_the_schema_too(openapi):
+    for path, calls in openapi["paths"].items():
+        for method, call in calls.items():
+            content = call["responses"]["4XX"]["content"]
+            assert list(content) == ["application/problem+json"], (method, path)
+            assert "422" not in call["responses"]
+
+
+def test_numpy_reads_a_bag_by_the_docs_own_lines(tmp_path):
+    import numpy as np
+
+    from service.storage.bags import Bags
+    from service.storage.keys import EmbeddingKey
+
+    stored = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float16)
+    Bags(tmp_path).put(EmbeddingKey("1.2", "toy@0"), "c0", stored, {})
+    lines = re.search(r"```python\n(.*?)```", (ROOT / "docs/storage.md").read_text(), re.DOTALL)[1]
+
+    names = {"bag": str(tmp_path / "toy@0" / "1.2" / "c0.zarr")}
+    exec(lines, names)
+
+    assert np.array_equal(names["embeddings"], stored)
