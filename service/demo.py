@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from sklearn.metrics import roc_auc_score
 
 from models.ct.phantom import Identity, chest, write_series
@@ -27,6 +27,7 @@ TRAINED_ON = 24
 # The paper's 128 bags a step and learning rate 1e-4 are for thousands of patients; this cohort has 24.
 TRAINING = {"batch_size": 4, "learning_rate": 1e-3}
 NEIGHBOURS = 5
+LABEL = "phantom_mass"
 
 console = Console(highlight=False)
 
@@ -62,23 +63,9 @@ def demo(settings: Settings, series: Path | None, *, oneshot: bool) -> None:
 
 
 def _show_cohort(http: httpx.Client, folder: Path) -> None:
-    console.print(
-        f"[bold]A synthetic cohort[/]: {COHORT} phantoms, half of them with a mass in the lung. No real patient."
-    )
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
-        task = progress.add_task("write, post ", total=COHORT)
-        patients, jobs = [], []
-        with ProcessPoolExecutor(initializer=_ignore_interrupt) as pool:
-            for patient in pool.map(_write_patient, range(COHORT), [folder] * COHORT):
-                patients.append(patient)
-                jobs.append(_post(http, [patient.archive])["job_id"])
-                progress.advance(task)
-    _wait_for(http, jobs, "embed, index")
-    train, held_out = patients[:TRAINED_ON], patients[TRAINED_ON:]
-    head = _train(http, {patient.identity.patient_id: bool(patient.lesion_slices) for patient in train}, "lesion")
-
+    head, held_out = _train_on_cohort(http, folder)
     predictions = [_get(http, f"/v1/patients/{each.identity.patient_id}/predictions", head=head) for each in held_out]
-    probabilities = [each["probabilities"]["lesion"] for each in predictions]
+    probabilities = [each["probabilities"][LABEL] for each in predictions]
     auroc = roc_auc_score([bool(patient.lesion_slices) for patient in held_out], probabilities)
     console.print(f"\nheld-out AUROC   {auroc:.3f}  ({len(held_out)} synthetic patients the head never saw)")
     shown = max((k for k in range(len(held_out)) if held_out[k].lesion_slices), key=lambda k: probabilities[k])
@@ -90,12 +77,29 @@ def _show_cohort(http: httpx.Client, folder: Path) -> None:
     _show_neighbours(http, prediction["top_slices"][0], "patient")
 
 
+def _train_on_cohort(http: httpx.Client, folder: Path) -> tuple[str, list[Patient]]:
+    """Post the synthetic patients and train a head on most of them: its id, and the patients it never saw."""
+    console.print(f"[bold]A synthetic cohort[/]: {COHORT} phantoms, half with a mass in the lung. No real patient.")
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
+        task = progress.add_task("write, post ", total=COHORT)
+        patients, jobs = [], []
+        with ProcessPoolExecutor(initializer=_ignore_interrupt) as pool:
+            for patient in pool.map(_write_patient, range(COHORT), [folder] * COHORT):
+                patients.append(patient)
+                jobs.append(_post(http, [patient.archive])["job_id"])
+                progress.advance(task)
+    _wait_for(http, jobs, "embed, index")
+    train, held_out = patients[:TRAINED_ON], patients[TRAINED_ON:]
+    head = _train(http, {patient.identity.patient_id: bool(patient.lesion_slices) for patient in train}, LABEL)
+    return head, held_out
+
+
 def _show_series(http: httpx.Client, path: Path, folder: Path) -> None:
     uploads = [path] if path.is_file() else [_tar(sorted(path.rglob("*")), folder / "series.tar")]
     answer = _post(http, uploads)
     _wait_for(http, [answer["job_id"]], "embed, index")
     rows = [_get(http, f"/v1/series/{each['series_uid']}") for each in answer["series"]]
-    table = Table("series", "state", "slices", "spacing mm", "verdict", "set aside")
+    table = Table(Column("series", overflow="fold"), "state", "slices", "spacing mm", "verdict", "set aside")
     for row, received in zip(rows, answer["series"], strict=True):
         geometry, verdict = row["geometry"] or {}, row["verdict"] or {"status": "-", "set_aside": []}
         aside = len(received["set_aside"]) + len(verdict["set_aside"])
@@ -113,34 +117,36 @@ def _show_series(http: httpx.Client, path: Path, folder: Path) -> None:
     console.print(
         f"embeddings       {len(bag['slices'])} slices x {len(windows)} windows ({', '.join(windows)}) x {dim}"
     )
-    _show_head_if_any(http, row)
+    _show_prediction(http, row, folder)
     middle = {"series_uid": row["series_uid"], "slice": len(bag["slices"]) // 2}
     _show_neighbours(http, middle, "none" if len(rows) == 1 else "series")
 
 
-def _show_head_if_any(http: httpx.Client, row: dict[str, Any]) -> None:
-    """A prediction needs a head, and a head needs labels: one that is here is used, none is made up."""
-    encoder = row["embeddings"][0]["encoder_id"]
+def _show_prediction(http: httpx.Client, row: dict[str, Any], folder: Path) -> None:
+    """By a head that is here for the series' encoder; without one, by one trained on phantoms, and said so."""
+    encoder_id = row["embeddings"][0]["encoder_id"]
     heads = [
-        each for each in _get(http, "/v1/heads")["heads"] if each["state"] == "ready" and each["encoder_id"] == encoder
+        each
+        for each in _get(http, "/v1/heads")["heads"]
+        if (each["state"], each["encoder_id"]) == ("ready", encoder_id)
     ]
-    if not heads:
-        console.print("prediction       no head is here yet: POST a labels table to /v1/heads (README)")
-        return
-    head = max(heads, key=lambda each: each["created_at"])
-    prediction = _get(
-        http, f"/v1/patients/{row['patient_id']}/predictions", head=head["head_id"], series_uid=row["series_uid"]
-    )
-    console.print(
-        f"head             {head['head_id']}, trained on {head['report']['patients']} patients of this service"
-    )
+    if heads:
+        head = max(heads, key=lambda each: each["created_at"])["head_id"]
+    else:
+        console.print("\nNo head is here yet, and none can be trained without labels. One is trained on phantoms:")
+        head, _ = _train_on_cohort(http, folder)
+    query = {"head": head, "series_uid": row["series_uid"]}
+    prediction = _get(http, f"/v1/patients/{row['patient_id']}/predictions", **query)
     for label, probability in prediction["probabilities"].items():
-        console.print(f"probability      {label}: {probability:.3f}")
+        console.print(f"probability      {label}: {probability:.3f}, by head {head}")
+    if LABEL in prediction["probabilities"]:
+        console.print("                 a head trained on phantoms says nothing about a real patient")
     _show_top_slices(prediction, set())
 
 
 def _show_top_slices(prediction: dict[str, Any], lesion_slices: set[int]) -> None:
-    table = Table("slice", "z mm", "attention", "in the lesion", title="top slices by attention", title_justify="left")
+    console.print("top slices by attention:")
+    table = Table("slice", "z mm", "attention", "in the lesion")
     for each in prediction["top_slices"]:
         truth = "yes" if each["slice"] in lesion_slices else "no" if lesion_slices else "unknown"
         table.add_row(str(each["slice"]), f"{each['z_mm']:.1f}", f"{each['weight']:.3f}", truth)
@@ -158,8 +164,9 @@ def _show_neighbours(http: httpx.Client, query: dict[str, Any], exclude: str) ->
         "exclude": exclude,
     }
     answer = _answer(http.post("/v1/search", json=body))
-    title = f"slices similar to slice {query['slice']} at the lung window, same {exclude} excluded"
-    table = Table("patient", "slice", "z mm", "cosine", title=title.replace("same none excluded", "all series"))
+    searched = "all slices" if exclude == "none" else f"same {exclude} excluded"
+    console.print(f"similar to slice {query['slice']} at the lung window, {searched}:")
+    table = Table("patient", "slice", "z mm", "cosine")
     for hit in answer["hits"]:
         table.add_row(hit["patient_id"], str(hit["slice"]), f"{hit['z_mm']:.1f}", f"{hit['score']:.4f}")
     console.print(table)
