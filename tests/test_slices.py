@@ -1,10 +1,10 @@
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -118,24 +118,23 @@ from models.ct.windows import LUNG
 
 if __name__ == "__main__":
     list(SlicePreparer(1).prepare([Path(sys.argv[1])], (LUNG,), 16))
-    print(multiprocessing.active_children()[0].pid, flush=True)
+    Path(sys.argv[2]).write_text(str(multiprocessing.active_children()[0].pid))
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def test_a_killed_parent_leaves_no_process_behind(tmp_path):
-    script = tmp_path / "orphan.py"
+    script, note = tmp_path / "orphan.py", tmp_path / "pid"
     script.write_text(ORPHAN)
-    root = str(Path(__file__).resolve().parent.parent)
-    parent = subprocess.run(
-        [sys.executable, script, write_slice(tmp_path / "ct")],
-        env={**os.environ, "PYTHONPATH": root},
-        stdout=subprocess.PIPE,
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    command = [sys.executable, script, write_slice(tmp_path / "ct"), note]
+    parent = subprocess.run(command, env=environment, timeout=60, check=False)
 
-    pid, deadline = int(parent.stdout), time.monotonic() + 10
-    while psutil.pid_exists(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
     assert parent.returncode == -signal.SIGKILL
-    assert not psutil.pid_exists(pid)
+    orphan = int(note.read_text())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(orphan)
+        try:
+            process.wait(timeout=10)
+        finally:
+            process.kill()
