@@ -75,6 +75,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, zipfile and pickle each raise their own
         raise WrongWeights(f"{path.name} is not a readable weights file: {type(error).__name__}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WrongWeights(f"{path.name} does not hold a dictionary of tensors")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise WrongWeights(f"{path.name} does not hold a dictionary of tensors by name")
     return state

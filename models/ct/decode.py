@@ -1,5 +1,6 @@
 """Pixels of one DICOM file as Hounsfield units."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataset import FileDataset
+from pydicom.encaps import generate_frames
 
 from models.ct.errors import UndecodableSlice
 
@@ -32,6 +34,8 @@ DECODERS: dict[str, str] = {
     uid.HTJ2K: "pylibjpeg",
 }
 
+END_OF_IMAGE = b"\xff\xd9"  # ITU-T T.87 C.1.1
+
 # Larger than any scanner writes; a few header bytes must not be able to ask for gigabytes.
 MAX_PIXELS = 4096 * 4096
 
@@ -41,16 +45,16 @@ def read_hu(path: Path) -> NDArray[np.float32]:
 
     Raises UndecodableSlice where the file has no pixels, or its decoder cannot read them.
     """
+    content = io.BytesIO(path.read_bytes())  # a disk that fails is no fault of the slice, and may be over in a moment
     try:
-        stored = _stored_values(pydicom.dcmread(path, force=True))
+        return _hu(pydicom.dcmread(content, force=True))
     except UndecodableSlice:
         raise
     except Exception as error:  # decoders raise whatever their C library reports
         raise UndecodableSlice(f"{type(error).__name__} while decoding") from error
-    return stored
 
 
-def _stored_values(dataset: FileDataset) -> NDArray[np.float32]:
+def _hu(dataset: FileDataset) -> NDArray[np.float32]:
     syntax = dataset.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
     if "PixelData" not in dataset:
         raise UndecodableSlice("no PixelData, expected a CT slice")
@@ -58,6 +62,9 @@ def _stored_values(dataset: FileDataset) -> NDArray[np.float32]:
         raise UndecodableSlice(f"{dataset.Rows} x {dataset.Columns} pixels, expected at most {MAX_PIXELS}")
     if (decoder := DECODERS.get(syntax)) is None:
         raise UndecodableSlice(f"no decoder for transfer syntax {syntax}")
+    if decoder == "pyjpegls" and not _frame(dataset).rstrip(b"\0").endswith(END_OF_IMAGE):
+        # Its decoder would go on for seconds over a frame that was cut off.
+        raise UndecodableSlice("the JPEG-LS frame ends before its end marker")
     if decoder != NATIVE:
         dataset.pixel_array_options(decoding_plugin=decoder)
     pixels = dataset.pixel_array
@@ -67,3 +74,8 @@ def _stored_values(dataset: FileDataset) -> NDArray[np.float32]:
     hu *= np.float32(dataset.get("RescaleSlope", 1.0) or 1.0)
     hu += np.float32(dataset.get("RescaleIntercept", 0.0) or 0.0)
     return hu
+
+
+def _frame(dataset: FileDataset) -> bytes:
+    """The one encapsulated frame (PS3.5 A.4)."""
+    return next(generate_frames(dataset.PixelData, number_of_frames=1))

@@ -57,3 +57,11 @@ def read_header(path: Path) -> FileDataset:
         if not deflated and file.read(4) not in PIXEL_DATA and "Rows" in header:
             del header.Rows
     return header
+
+
+def texts(header: FileDataset, keyword: str) -> list[str]:
+    """The element's values; pydicom gives a single one bare."""
+    value = header.get(keyword)
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else [str(each) for each in value]

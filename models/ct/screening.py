@@ -11,7 +11,7 @@ from pydicom.dataset import FileDataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from models.ct.decode import DECODERS
-from models.ct.header import NotDicom, read_header
+from models.ct.header import NotDicom, read_header, texts
 
 # PS3.5 9.1: at most 64 characters, digits and single dots. It names files here, so nothing else may pass.
 UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(\.[0-9]+)*")
@@ -102,8 +102,8 @@ def _identity(header: FileDataset) -> SetAside | None:
 
 
 def _kind(header: FileDataset) -> SetAside | None:
-    image_type = [str(value).upper() for value in header.get("ImageType") or []]
-    sop_class = header.get("SOPClassUID", CTImageStorage)  # some exports strip it; Modality has said CT
+    image_type = [value.upper() for value in texts(header, "ImageType")]
+    sop_class = header.get("SOPClassUID") or CTImageStorage  # some exports strip it; Modality has said CT
     if sop_class in (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
         return SetAside(Reason.MULTIFRAME, "multi-frame CT is not read yet, expected one slice per file")
     if any("LOCALIZER" in value or "SCOUT" in value for value in image_type):

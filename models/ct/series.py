@@ -12,6 +12,7 @@ from pydicom import uid
 from pydicom.dataset import FileDataset
 
 from models.ct.decode import DECODERS
+from models.ct.header import texts
 from models.ct.screening import Reason, SetAside, numbers, screened_header, slice_normal, tilt_degrees
 
 SAME_POSITION_MM = 0.05  # closer than any scanner reconstructs; headers round to 0.01 mm
@@ -171,7 +172,7 @@ def _slice(path: Path, header: FileDataset) -> CTSlice:
         pixel_spacing_mm=None if spacing is None else (float(spacing[0]), float(spacing[1])),
         slope=None if slope is None else float(slope[0]),
         intercept=None if intercept is None else float(intercept[0]),
-        kernel="/".join(_texts(header.get("ConvolutionKernel"))),
+        kernel="/".join(texts(header, "ConvolutionKernel")),
         acquisition=_integer(header.get("AcquisitionNumber")),
         instance=_integer(header.get("InstanceNumber")),
         decoder=DECODERS[header.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)],
@@ -197,13 +198,6 @@ def _order(slices: Sequence[CTSlice]) -> tuple[list[CTSlice], list[tuple[str, Se
         else:
             ordered.append(each)
     return ordered, dropped
-
-
-def _texts(value: Any) -> list[str]:
-    """A multi-valued text element as a list; pydicom gives one value bare."""
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) else [str(each) for each in value]
 
 
 def _integer(value: Any) -> int:

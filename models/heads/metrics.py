@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn import config_context
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 BOOTSTRAP_DRAWS = 500
@@ -31,7 +32,8 @@ def evaluate(truth: Floats, probability: Floats, patients: NDArray[Any], seed: i
         return answer | dict.fromkeys(METRICS)
     draws = _patient_draws(truth, patients, seed)
     for name, metric in METRICS.items():
-        values = [metric(truth[rows], probability[rows]) for rows in draws]
+        with config_context(assume_finite=True, skip_parameter_validation=True):
+            values = [metric(truth[rows], probability[rows]) for rows in draws]
         low, high = np.percentile(values, [2.5, 97.5]) if values else (np.nan, np.nan)
         interval = [round(float(low), 4), round(float(high), 4)] if values else None
         answer[name] = {"value": round(metric(truth, probability), 4), "interval_95": interval}

@@ -93,9 +93,11 @@ def _splits(
     """(train, validation) row numbers, grouped by patient, stratified by the whole row of labels where it can be."""
     strata = targets @ (2 ** np.arange(targets.shape[1]))
     sizes = [len(np.unique(patients[strata == stratum])) for stratum in np.unique(strata)]
+    if max(sizes) < 2:
+        raise TooFewPatients(
+            f"{len(np.unique(patients))} patients, of no kind more than one; expected at least 2 of each"
+        )
     folds = min(options.folds, len(np.unique(patients)), max(2, min(sizes)))
-    if folds < 2 or len(np.unique(patients)) < 2:
-        raise TooFewPatients(f"{len(np.unique(patients))} patient, expected at least 2 of each class")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=options.seed)
     for train, validation in splitter.split(targets, strata.astype(int), patients):
         if len(train) and len(validation):
