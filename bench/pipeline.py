@@ -57,9 +57,9 @@ class PeakMemory:
         self._thread.start()
 
     def _sample(self) -> None:
-        while not self._stop.wait(0.02):
+        while not self._stop.wait(0.1):  # more often would cost what is measured
             self.api = max(self.api, self._api.memory_info().rss)
-            family = [self._worker, *self._worker.children(recursive=True)]
+            family = [self._worker, *self._worker.children()]
             self.worker = max(self.worker, sum(each.memory_info().rss for each in family))
 
     def stop(self) -> None:
@@ -134,7 +134,7 @@ def end_to_end(service: Running, files: list[Path], folder: Path) -> float:
         (series,) = answer["series"]
         path = f"/v1/series/{series['series_uid']}"
         while http.get(path).json()["state"] != "indexed":
-            time.sleep(0.25)
+            time.sleep(0.5)
         (embedding,) = http.get(path).json()["embeddings"]
         receipt = http.get(f"{path}/embeddings").json()["receipt"]
     # The worker may have begun before our own answer arrived.

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.memory import keep_freed_memory
 from models.specs import EncoderSpec, WrongWeights, encoder_id, locate_weights, weights_sha256
 
 BATCH_INSTANCES = 16  # 8 to 16 is fastest on a CPU (docs/performance.md)
@@ -56,6 +57,7 @@ class Encoder:
 
 def load_encoder(spec: EncoderSpec, weights_dir: Path) -> Encoder:
     """The encoder, ready to run. Raises MissingWeights, or WrongWeights naming what differs."""
+    keep_freed_memory()
     digest = weights_sha256(spec, weights_dir)
     family = importlib.import_module(f"models.encoders.{spec.family}")
     network: nn.Module = family.build(spec.network)

@@ -20,7 +20,7 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL; default SQLite at <data_dir>/catalog.db")
     broker_url: str | None = Field(None, description="Redis or Valkey URL; unset, `keyslice up` starts its own Valkey")
     encoder: str = Field(DEFAULT_ENCODER, description="the encoder of uploads that name none")
-    decode_processes: int = Field(1, ge=1, description="processes per worker that decode and window slices")
+    decode_processes: int = Field(2, ge=1, description="processes per worker that decode and window slices")
 
     max_upload_bytes: int = Field(20 * 2**30, gt=0, description="bytes of one upload, archives as sent")
     max_upload_files: int = Field(100_000, gt=0, description="files of one upload, archive members counted")

@@ -68,7 +68,7 @@ def _embed(key: EmbeddingKey, worker: Resources) -> bool:
         raise WrongWeights(f"this worker has {encoder.id}, expected {key.encoder_id}")
     files = stores.archive.files(key.series_uid)
     content = content_of([path.name for path in files])
-    series = read_series(files)
+    series = read_series(files, worker.preparer.map)
     progress = _throttled(lambda done: stores.catalog.progress(key, done, len(series.slices)))
     undecodable: dict[str, SetAside] = {}
     batches = []

@@ -1,11 +1,11 @@
 """One CT series: its axial slices from feet to head, and the verdict on its geometry."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from pydicom import uid
@@ -139,18 +139,32 @@ class CTSeries:
             yield Finding("lossy_source", {"slices": lossy})
 
 
-def read_series(paths: Iterable[Path]) -> CTSeries:
+class Map(Protocol):
+    """The built-in map, or one that works in several processes."""
+
+    def __call__(
+        self, function: Callable[[Path], CTSlice | SetAside], paths: Iterable[Path], /
+    ) -> Iterable[CTSlice | SetAside]: ...
+
+
+def read_series(paths: Iterable[Path], each: Map = map) -> CTSeries:
     """The series in these DICOM files, from their headers alone; without slices where none is usable."""
     slices: list[CTSlice] = []
     set_aside: list[tuple[str, SetAside]] = []
-    for path in sorted(paths):
-        header = screened_header(path)
-        if isinstance(header, SetAside):
-            set_aside.append((path.name, header))
+    names = sorted(paths)
+    for path, found in zip(names, each(read_slice, names), strict=True):
+        if isinstance(found, SetAside):
+            set_aside.append((path.name, found))
         else:
-            slices.append(_slice(path, header))
+            slices.append(found)
     ordered, dropped = _order(slices)
     return CTSeries(tuple(ordered), tuple(set_aside + dropped))
+
+
+def read_slice(path: Path) -> CTSlice | SetAside:
+    """What the file's header says of its slice, or why it is none."""
+    header = screened_header(path)
+    return header if isinstance(header, SetAside) else _slice(path, header)
 
 
 def _slice(path: Path, header: FileDataset) -> CTSlice:

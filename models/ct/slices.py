@@ -4,10 +4,12 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -16,9 +18,13 @@ from numpy.typing import NDArray
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.windows import Window, apply_window
+from models.memory import keep_freed_memory
 
 # Slices decoded ahead of the encoder: enough to hide one slow file, 16 MB at 224 pixels and two windows.
 READ_AHEAD = 40
+FILES_PER_MESSAGE = 16  # of small work, such as reading headers
+
+T = TypeVar("T")
 
 
 def encoder_input(hu: NDArray[np.float32], windows: tuple[Window, ...], size: int) -> NDArray[np.float32]:
@@ -45,6 +51,11 @@ class SlicePreparer:
         self._processes = processes
         self._pool = self._start()
 
+    def map(self, function: Callable[[Path], T], paths: Iterable[Path]) -> Iterator[T]:
+        """The function of each path, in order, worked out in the processes; raises as prepare() does."""
+        with self._new_ones_if_broken():
+            yield from self._pool.map(function, paths, chunksize=FILES_PER_MESSAGE)
+
     def prepare(
         self, paths: Iterable[Path], windows: tuple[Window, ...], size: int
     ) -> Iterator[NDArray[np.float32] | UndecodableSlice]:
@@ -52,14 +63,19 @@ class SlicePreparer:
 
         Raises BrokenProcessPool where a process died; the next call has new ones.
         """
-        try:
+        with self._new_ones_if_broken():
             yield from self._in_order(paths, windows, size)
-        except BrokenProcessPool:
-            self._pool = self._start()
-            raise
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def _new_ones_if_broken(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenProcessPool:
+            self._pool = self._start()
+            raise
 
     def _start(self) -> ProcessPoolExecutor:
         spawn = multiprocessing.get_context("spawn")  # forking a process that has run torch hangs
@@ -78,6 +94,7 @@ class SlicePreparer:
 
 
 def _begin_process() -> None:
+    keep_freed_memory()
     cv2.setNumThreads(1)
     os.nice(5)  # yield to the encoder, which is the bottleneck, whenever both want the core
     threading.Thread(target=_end_with_parent, daemon=True).start()

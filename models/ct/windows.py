@@ -22,5 +22,6 @@ WINDOWS = {window.name: window for window in (ABDOMEN, LUNG)}
 
 def apply_window(hu: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
     """Map HU linearly onto [0, 1] and clip outside it (DICOM PS3.3 C.11.2.1.3.2, LINEAR_EXACT)."""
-    scaled = (hu - np.float32(window.low)) * np.float32(1.0 / (window.high - window.low))
+    scaled = hu - np.float32(window.low)
+    scaled *= np.float32(1.0 / (window.high - window.low))
     return np.clip(scaled, 0.0, 1.0, out=scaled)
