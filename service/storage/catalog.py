@@ -109,7 +109,7 @@ class Catalog:
 
     def progress(self, key: EmbeddingKey, done: int, known: int) -> None:
         """Slices done of slices known; also the sign that the worker lives."""
-        with self._database.write() as session:
+        with self._database.note() as session:
             session.execute(update(EmbeddingRow).where(_is(key)).values(done=done, known=known, touched_at=now()))
 
     def commit(

@@ -15,11 +15,18 @@ MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 
 class Database:
-    """Sessions that read, and sessions that write in one transaction."""
+    """Sessions that read, and sessions that write in one transaction: for good, or as a note."""
 
     def __init__(self, url: str) -> None:
         self.engine = open_engine(url)
-        self._write_engine = self.engine.execution_options(keyslice_write=True)
+        self._write_engine = self.engine.execution_options(keyslice_write="FULL")
+        self._note_engine = self.engine.execution_options(keyslice_write="NORMAL")
+
+    @contextmanager
+    def note(self) -> Iterator[Session]:
+        """A write that a power cut may take back: progress is not worth waiting for the disk."""
+        with Session(self._note_engine, expire_on_commit=False) as session, session.begin():
+            yield session
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -52,12 +59,15 @@ def upgrade(url: str, lock_dir: Path) -> None:
 
 def _sqlite_pragmas(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # BEGIN is ours: see _sqlite_begin
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=30000"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _sqlite_begin(connection: Connection) -> None:
     # A read transaction that turns into a write fails at once where another writer came between; one that
     # says so at the start waits its turn.
-    write = connection.get_execution_options().get("keyslice_write")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    if synchronous := connection.get_execution_options().get("keyslice_write"):
+        connection.exec_driver_sql(f"PRAGMA synchronous={synchronous}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.exec_driver_sql("BEGIN")

@@ -66,7 +66,7 @@ class Heads:
 
     def progress(self, head_id: str, done: int, known: int) -> None:
         """Epochs done of epochs known; also the sign that the worker lives."""
-        with self._database.write() as session:
+        with self._database.note() as session:
             rows = update(HeadRow).where(HeadRow.head_id == head_id)
             session.execute(rows.values(done=done, known=known, touched_at=now()))
 
