@@ -66,6 +66,8 @@ def _members(members: Iterator[tuple[str, IO[bytes]]], folder: Path, budget: Bud
     except RuntimeError as error:  # zipfile's word for an encrypted member
         raise BadArchive("the archive is encrypted, expected a readable one") from error
     except BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a full disk is no fault of the archive; decompressors raise OSError without a number
         raise BadArchive(f"the archive is broken or truncated: {type(error).__name__}") from error
 
 
