@@ -22,6 +22,7 @@ from models.memory import keep_freed_memory
 
 # Slices decoded ahead of the encoder: enough to hide one slow file, 16 MB at 224 pixels and two windows.
 READ_AHEAD = 40
+SILENT_SECONDS = 20.0  # far longer than any slice takes to decode
 FILES_PER_MESSAGE = 16  # of small work, such as reading headers
 
 T = TypeVar("T")
@@ -88,9 +89,17 @@ class SlicePreparer:
         for path in paths:
             ahead.append(self._pool.submit(prepare_slice, path, windows, size))
             if len(ahead) >= READ_AHEAD:
-                yield ahead.popleft().result()
+                yield _answer(ahead.popleft())
         while ahead:
-            yield ahead.popleft().result()
+            yield _answer(ahead.popleft())
+
+
+def _answer(future: "Future[T]") -> T:
+    """A process killed in the middle of writing its answer leaves the pool reading for ever: silence counts as death."""
+    try:
+        return future.result(SILENT_SECONDS)
+    except TimeoutError as error:
+        raise BrokenProcessPool("a decoding process fell silent") from error
 
 
 def _begin_process() -> None:
