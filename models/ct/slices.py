@@ -95,7 +95,7 @@ class SlicePreparer:
 
 
 def _answer(future: "Future[T]") -> T:
-    """A process killed in the middle of writing its answer leaves the pool reading for ever: silence counts as death."""
+    """A process killed in the middle of writing its answer leaves the pool reading for ever: silence is death."""
     try:
         return future.result(SILENT_SECONDS)
     except TimeoutError as error:
