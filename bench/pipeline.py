@@ -33,7 +33,7 @@ from models.ct.phantom import Identity, chest, write_series
 from models.ct.series import read_series
 from models.ct.slices import encoder_input
 from models.load import BATCH_INSTANCES, Encoder, load_encoder
-from models.specs import DEFAULT_ENCODER, ENCODERS
+from models.zoo import DEFAULT_ENCODER, ENCODERS
 from service.embedded import Running, in_background
 
 ROUNDS = 3
@@ -121,7 +121,7 @@ def bare_encoder(encoder: Encoder, tensors: np.ndarray) -> float:
     per_batch = BATCH_INSTANCES // len(encoder.spec.windows)
     start = time.perf_counter()
     for first in range(0, len(tensors), per_batch):
-        encoder.encode_batch(tensors[first : first + per_batch])
+        encoder.encode(tensors[first : first + per_batch])
     return len(tensors) / (time.perf_counter() - start)
 
 

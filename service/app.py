@@ -27,6 +27,7 @@ from service.storage.stores import open_stores
 STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.NotFound: 404,
     errors.Conflict: 409,
+    errors.LicenceNotAccepted: 403,
     errors.UploadTooLarge: 413,
     errors.BadRequest: 422,
     errors.BrokerDown: 503,

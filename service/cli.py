@@ -1,17 +1,25 @@
 """The `keyslice` command: parse, one call, print."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
 
+from models.modes import COSINE, Mode, in_mode
+from models.specs import SUFFIXES, EncoderSpec, MissingWeights, WrongWeights
+from models.zoo import ENCODERS
 from service.settings import Settings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=True, help="An embedding feature store for CT. Research use only."
 )
+encoders = typer.Typer(help="List encoders, measure how to run them, verify them.")
+app.add_typer(encoders, name="encoders")
 
 
 @app.command(epilog="Example: KEYSLICE_PORT=9000 keyslice up")
@@ -54,14 +62,92 @@ def fetch(
 ) -> None:
     """Download an encoder's weights into the weights directory, by pinned revision."""
     from models.fetch import CannotFetch, fetch_weights
-    from models.specs import ENCODERS
 
-    if encoder not in ENCODERS:
-        _fail(f"no encoder {encoder!r}, expected one of {', '.join(ENCODERS)}")
+    settings, spec = _encoder(encoder)
     try:
-        typer.echo(fetch_weights(ENCODERS[encoder], revision, _settings().weights_path))
+        typer.echo(fetch_weights(spec, revision, settings.weights_path))
     except CannotFetch as error:
         _fail(str(error))
+
+
+@encoders.callback(invoke_without_command=True, epilog="Example: keyslice encoders --json")
+def list_encoders(
+    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="as GET /v1/encoders answers")] = False
+) -> None:
+    """List every encoder: id, licence, whether its weights are here and how to get them."""
+    if context.invoked_subcommand:
+        return
+    from service.deps import EncoderNames
+    from service.routes.encoders import described
+
+    settings = _settings()
+    found = described(EncoderNames(settings), settings)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    table = Table("encoder", "dim", "input", "licence", "weights", box=None)
+    for each in found.encoders:
+        table.add_row(
+            each.name + (" (default)" if each.default else ""),
+            str(each.dim),
+            " x ".join(map(str, each.input_shape)),
+            each.licence + ("" if each.permitted else "; needs KEYSLICE_NONCOMMERCIAL=true"),
+            f"{each.encoder_id}, {each.runtime} {each.precision}" if each.encoder_id else f"not here; {each.source}",
+        )
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    typer.echo(
+        f"Weights that are not here: `keyslice fetch NAME --revision COMMIT` brings a hub's; or put NAME with one of "
+        f"{' '.join(SUFFIXES)} into {settings.weights_path}."
+    )
+
+
+@encoders.command(epilog="Example: keyslice encoders calibrate mambaout_tiny --mode bulk")
+def calibrate(
+    name: Annotated[str | None, typer.Argument(help="an encoder; the service's own if none")] = None,
+    mode: Annotated[Mode | None, typer.Option(help="exact, fast or bulk; KEYSLICE_MODE's if none")] = None,
+    again: Annotated[bool, typer.Option("--again", help="measure even what was measured before")] = False,
+) -> None:
+    """Measure which way of running an encoder is fastest on this machine, and use it from the next start on."""
+    from models.calibrate import calibrate as measure
+
+    settings, spec = _encoder(name)
+    try:
+        measure(spec, mode or settings.mode, settings.weights_path, typer.echo, again)
+    except (MissingWeights, WrongWeights) as error:
+        _fail(str(error))
+
+
+@encoders.command(epilog="Example: keyslice encoders verify mambaout_tiny")
+def verify(name: Annotated[str | None, typer.Argument(help="an encoder; the service's own if none")] = None) -> None:
+    """Embed the canary slice again and compare it with the stored embedding; exit status 1 where they differ."""
+    import numpy as np
+
+    from models.load import canary, load_encoder
+    from service.storage.stores import open_stores
+
+    settings, spec = _encoder(name)
+    stores = open_stores(settings)
+    try:
+        encoder = load_encoder(in_mode(spec, settings.mode, settings.weights_path), settings.weights_path)
+    except (MissingWeights, WrongWeights) as error:
+        _fail(str(error))
+    reference, embedding = stores.canaries.reference(encoder.id), encoder.encode(canary(encoder.spec))
+    cosine = stores.canaries.record(encoder.id, embedding)
+    if reference is None:
+        typer.echo(f"{encoder.id}: no canary was stored; this one is from now on")
+        return
+    difference = np.abs(embedding.reshape(-1) - reference).max()
+    typer.echo(f"{encoder.id}: cosine {cosine:.7f} to the stored canary, largest difference {difference:.1e}")
+    if cosine < COSINE[settings.mode]:
+        _fail(f"expected a cosine of {COSINE[settings.mode]} or more", status=1)
+
+
+def _encoder(name: str | None) -> tuple[Settings, EncoderSpec]:
+    settings = _settings()
+    asked = name or settings.encoder
+    if asked not in ENCODERS:
+        _fail(f"no encoder {asked!r}, expected one of {', '.join(ENCODERS)}")
+    return settings, ENCODERS[asked]
 
 
 def _settings() -> Settings:

@@ -7,8 +7,10 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from models.heads.run import HeadRunner
-from models.specs import ENCODERS, EncoderSpec, MissingWeights, WrongWeights, encoder_id
-from service.errors import EncoderNotFound, OtherEncoder, WeightsNotHere
+from models.modes import by_id, in_mode
+from models.specs import EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence, encoder_id
+from models.zoo import ENCODERS
+from service.errors import EncoderNotFound, LicenceNotAccepted, OtherEncoder, WeightsNotHere
 from service.queue import Queue
 from service.settings import Settings
 from service.storage.stores import Stores
@@ -23,21 +25,34 @@ class EncoderNames:
         self._settings = settings
 
     def spec(self, name: str | None) -> EncoderSpec:
-        """By name or id; the service's own for None. Raises EncoderNotFound."""
+        """By name or id, run as the service's mode says; the service's own for None. Raises EncoderNotFound."""
         asked = (name or self._settings.encoder).partition("@")[0]
         if asked not in ENCODERS:
             raise EncoderNotFound(f"no encoder {asked!r}, expected one of {', '.join(ENCODERS)}")
-        return ENCODERS[asked]
-
-    def id(self, name: str | None) -> str:
-        """The present encoder id. Raises also WeightsNotHere, or OtherEncoder for an id that is not the present one."""
-        spec = self.spec(name)
         try:
-            present = encoder_id(spec, self._settings.weights_path)
+            return in_mode(ENCODERS[asked], self._settings.mode, self._settings.weights_path)
+        except (MissingWeights, WrongWeights):
+            return ENCODERS[asked]
+
+    def present_id(self, spec: EncoderSpec) -> str:
+        """The spec's id with the weights that are here. Raises WeightsNotHere."""
+        try:
+            return encoder_id(spec, self._settings.weights_path)
         except (MissingWeights, WrongWeights) as error:
             raise WeightsNotHere(str(error)) from error
+
+    def id(self, name: str | None) -> str:
+        """The encoder's id. Raises also LicenceNotAccepted, or OtherEncoder for an id that no weights here have."""
+        spec = self.spec(name)
+        try:
+            check_licence(spec, self._settings.noncommercial)
+        except LicenceForbids as error:
+            raise LicenceNotAccepted(str(error)) from error
+        present = self.present_id(spec)
         if name and "@" in name and name != present:
-            raise OtherEncoder(f"encoder {name} is not here, this service has {present}")
+            if by_id(ENCODERS[spec.name], name, self._settings.weights_path) is None:
+                raise OtherEncoder(f"encoder {name} is not here, this service has {present}")
+            return name
         return present
 
 

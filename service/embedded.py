@@ -102,6 +102,7 @@ def up(settings: Settings) -> None:
             tempfile.TemporaryDirectory(prefix="keyslice-") as run_dir,
         ):
             shutil.rmtree(settings.staging_dir, ignore_errors=True)  # uploads that a dead API left behind
+            _calibrate(data_dir)
             _supervise(_children(settings, data_dir, Path(run_dir)), f"http://{settings.host}:{settings.port}")
     except Timeout as error:
         raise CannotStart(f"another keyslice is up on {data_dir}") from error
@@ -188,6 +189,14 @@ def _valkey(folder: Path, socket_path: Path) -> list[str]:
     durable = {"appendonly": "yes", "save": "", "loglevel": "warning"}
     flat = [part for name, value in (options | durable).items() for part in (f"--{name}", value)]
     return [str(get_binary_path()), *flat]
+
+
+def _calibrate(data_dir: Path) -> None:
+    """Before the first start on this machine: which way of running the encoder is fastest decides its id."""
+    command = [sys.executable, "-P", "-m", "service.cli", "encoders", "calibrate"]
+    variables = os.environ | {"KEYSLICE_DATA_DIR": str(data_dir)}
+    if subprocess.run(command, env=variables, preexec_fn=_die_with_parent, check=False).returncode:
+        log.warning("the encoder was not calibrated; it runs plainly where it runs at all")
 
 
 def _supervise(children: list[Child], address: str) -> None:

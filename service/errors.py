@@ -13,6 +13,7 @@ KeysliceError
 │   ├── NotEmbeddedYet, HeadNotReady
 │   ├── OtherEncoder
 │   └── WeightsNotHere
+├── LicenceNotAccepted
 └── BrokerDown
 """
 
@@ -113,6 +114,10 @@ class OtherEncoder(Conflict):
 
 class WeightsNotHere(Conflict):
     """The encoder's weights are not on this machine."""
+
+
+class LicenceNotAccepted(KeysliceError):
+    """The encoder's licence forbids commercial use, and the service was not told that there is none."""
 
 
 class BrokerDown(KeysliceError):

@@ -5,7 +5,8 @@ from pathlib import Path
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models.specs import DEFAULT_ENCODER, ENCODERS
+from models.modes import Mode
+from models.zoo import DEFAULT_ENCODER, ENCODERS
 
 
 class Settings(BaseSettings):
@@ -20,7 +21,12 @@ class Settings(BaseSettings):
     database_url: str | None = Field(None, description="SQLAlchemy URL; default SQLite at <data_dir>/catalog.db")
     broker_url: str | None = Field(None, description="Redis or Valkey URL; unset, `keyslice up` starts its own Valkey")
     encoder: str = Field(DEFAULT_ENCODER, description="the encoder of uploads that name none")
-    decode_processes: int = Field(2, ge=1, description="processes per worker that decode and window slices")
+    mode: Mode = Field("exact", description="how encoders run: exact (fp32), fast (reduced precision), bulk (compiled)")
+    noncommercial: bool = Field(False, description="true permits encoders whose licence forbids commercial use")
+    decode_processes: int = Field(
+        2, ge=1, description="processes per encoder of a worker that decode and window slices"
+    )
+    series_at_once: int = Field(2, ge=1, description="series that a worker embeds at once, sharing batches")
 
     max_upload_bytes: int = Field(20 * 2**30, gt=0, description="bytes of one upload, archives as sent")
     max_upload_files: int = Field(100_000, gt=0, description="files of one upload, archive members counted")

@@ -25,6 +25,15 @@ def missing(what: str) -> None:
     pytest.skip(what)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One for all services that the tests start, so that the encoder is calibrated once."""
+    folder = tmp_path_factory.mktemp("weights")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEYSLICE_WEIGHTS_DIR", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Real CT; see its SOURCES.md."""

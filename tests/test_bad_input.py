@@ -368,10 +368,12 @@ def test_a_head_of_another_encoder_is_refused(tmp_path_factory):
     from models.encoders.timm_import import timm
     from service.embedded import in_background
 
-    folder = tmp_path_factory.mktemp("two-encoders")
-    (folder / "weights").mkdir()
-    save_file(timm.create_model("test_mambaout").state_dict(), folder / "weights" / "test_mambaout.safetensors")
-    with in_background(folder) as running, httpx.Client(base_url=running.address, timeout=60) as http:
+    folder, weights = tmp_path_factory.mktemp("two-encoders"), tmp_path_factory.mktemp("two-weights")
+    save_file(timm.create_model("test_mambaout").state_dict(), weights / "test_mambaout.safetensors")
+    with (
+        in_background(folder, KEYSLICE_WEIGHTS_DIR=str(weights)) as running,
+        httpx.Client(base_url=running.address, timeout=60) as http,
+    ):
         for number in range(4):
             embed(http, slice_files(Identity(f"MAMBA-{number}"), count=2, seed=number), encoder="test_mambaout")
         embed(http, slice_files(Identity("LITE"), count=2))

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from models.encoders import mambaout
 from models.encoders.timm_import import timm
-from models.load import load_encoder
-from models.specs import ENCODERS, MissingWeights, Weights, WrongWeights, encoder_id, locate_weights
+from models.load import Embedding, load_encoder
+from models.specs import MissingWeights, Weights, WrongWeights, encoder_id, locate_weights
+from models.zoo import ENCODERS
 
 LITE0, OWN = ENCODERS["efficientnet_lite0"], ENCODERS["test_mambaout"]
 
@@ -63,7 +64,7 @@ def test_lite0_gives_the_pooled_features_of_timms_network_with_its_classifier(li
         place.copy_(value)
     slices = random_slices(2, 224)
 
-    embeddings = lite0.encode_batch(slices)
+    embeddings = lite0.encode(slices)
 
     images = torch.from_numpy(np.repeat(slices.reshape(4, 1, 224, 224), 3, axis=1)) * 2 - 1  # mean and std 0.5
     with torch.inference_mode():
@@ -74,7 +75,7 @@ def test_lite0_gives_the_pooled_features_of_timms_network_with_its_classifier(li
 
 def test_lite0_holds_the_packages_own_tensors(lite0, tmp_path):
     state = torch.load(locate_weights(LITE0, tmp_path), weights_only=True)
-    network = lite0.network.state_dict()
+    network = lite0.network.network.state_dict()
 
     assert torch.equal(network["conv_stem.weight"].cpu(), state["_conv_stem.weight"])
     assert torch.equal(network["blocks.0.0.bn1.running_var"].cpu(), state["_blocks.0._bn1.running_var"])
@@ -84,34 +85,36 @@ def test_lite0_holds_the_packages_own_tensors(lite0, tmp_path):
 def test_an_embedding_does_not_depend_on_its_batch(lite0):
     slices = random_slices(4, 224)
 
-    together = lite0.encode_batch(slices)
-    alone = np.concatenate([lite0.encode_batch(each[np.newaxis]) for each in slices])
+    together = lite0.encode(slices)
+    alone = np.concatenate([lite0.encode(each[np.newaxis]) for each in slices])
 
-    assert cosine(together, alone).min() >= 0.9999
-    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert cosine(together, alone).min() >= 0.999999
+    np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
 def test_the_networks_know_two_slices_apart(lite0):
     black, white = np.zeros((1, 2, 224, 224), np.float32), np.ones((1, 2, 224, 224), np.float32)
 
-    assert cosine(lite0.encode_batch(black), lite0.encode_batch(white)).max() < 0.99
+    assert cosine(lite0.encode(black), lite0.encode(white)).max() < 0.99
 
 
-def test_slices_are_normalised_as_the_network_was_trained(lite0, own_weights):
-    pixel = torch.full((1, 1, 1, 1), 0.75)
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (LITE0, [0.5, 0.5, 0.5]),
+        (OWN, [(0.75 - 0.485) / 0.229, (0.75 - 0.456) / 0.224, (0.75 - 0.406) / 0.225]),  # ImageNet's
+    ],
+)
+def test_slices_are_normalised_as_the_network_was_trained(spec, expected):
+    images = Embedding(torch.nn.Identity(), spec.mean, spec.std, axes=2)(torch.full((1, 1, 1, 1), 0.75))
 
-    assert lite0.normalise(pixel).flatten().tolist() == [0.5, 0.5, 0.5]
-    np.testing.assert_allclose(  # ImageNet's mean and standard deviation
-        load_encoder(OWN, own_weights).normalise(pixel).flatten().numpy(),
-        [(0.75 - 0.485) / 0.229, (0.75 - 0.456) / 0.224, (0.75 - 0.406) / 0.225],
-        rtol=1e-6,
-    )
+    np.testing.assert_allclose(images.flatten().numpy(), expected, rtol=1e-6)
 
 
 def test_a_mambaout_embedding_is_the_norm_of_the_mean_over_the_last_map(own_weights, classifier):
     slices = random_slices(3, 96)
 
-    embeddings = load_encoder(OWN, own_weights).encode_batch(slices)
+    embeddings = load_encoder(OWN, own_weights).encode(slices)
 
     mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (OWN.mean, OWN.std))
     images = torch.from_numpy((np.repeat(slices.reshape(6, 1, 96, 96), 3, axis=1) - mean) / std)
@@ -148,15 +151,17 @@ def test_an_encoder_carries_the_id_of_its_spec_and_weights(own_weights):
     assert encoder.id == f"test_mambaout@{encoder.fingerprint[:12]}"
 
 
-def test_slices_are_encoded_in_order_and_in_batches_of_sixteen_instances(own_weights):
+def test_any_number_of_slices_goes_through_the_network_in_one_shape(own_weights):
     encoder = load_encoder(OWN, own_weights)
+    shapes = []
+    encoder.network.register_forward_pre_hook(lambda _module, inputs: shapes.append(tuple(inputs[0].shape)))
     slices = random_slices(19, 96)
 
-    batches = list(encoder.encode(iter(slices)))
+    together = encoder.encode(slices)
 
-    assert [batch.shape for batch in batches] == [(8, 2, 64), (8, 2, 64), (3, 2, 64)]
-    np.testing.assert_allclose(np.concatenate(batches), encoder.encode_batch(slices), atol=1e-4)
-    assert list(encoder.encode([])) == []
+    assert together.shape == (19, 2, 64)
+    assert shapes == [(16, 1, 96, 96)] * 3
+    np.testing.assert_array_equal(together[11:12], encoder.encode(slices[11:12]))
 
 
 class Payload:

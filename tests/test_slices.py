@@ -1,31 +1,16 @@
-import contextlib
 import itertools
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-from synthetic import random_hu, write_ct, write_slice
+from synthetic import random_hu, write_slice
 
 from models.ct.decode import read_hu
-from models.ct.errors import UndecodableSlice
-from models.ct.slices import READ_AHEAD, SlicePreparer, encoder_input, prepare_slice
+from models.ct.screening import Reason, SetAside
+from models.ct.series import read_slice
+from models.ct.slices import encoder_input, prepare_slice
 from models.ct.windows import ABDOMEN, LUNG, apply_window
 
 WINDOWS = (ABDOMEN, LUNG)
-
-
-@pytest.fixture
-def preparer():
-    opened = SlicePreparer(1)
-    yield opened
-    opened.close()
 
 
 def block_mean(image, factor):
@@ -66,75 +51,29 @@ def test_a_smaller_slice_than_the_network_wants_is_enlarged_within_0_and_1():
 
 def test_preparing_a_file_is_decoding_windowing_and_resizing(tmp_path):
     path = write_slice(tmp_path)
+    out = np.zeros((2, 16, 16), np.float32)
 
-    np.testing.assert_array_equal(prepare_slice(path, WINDOWS, 16), encoder_input(read_hu(path), WINDOWS, 16))
+    said = prepare_slice(path, out, WINDOWS, 16)
 
-
-def test_slices_prepared_in_processes_keep_their_order_and_a_bad_one_does_not_stop_them(tmp_path):
-    paths = write_ct(tmp_path, random_hu(slices=12))
-    paths[4].write_bytes(paths[4].read_bytes()[:-100])
-    preparer = SlicePreparer(2)
-
-    prepared = list(preparer.prepare(paths, WINDOWS, 16))
-    preparer.close()
-
-    assert isinstance(prepared[4], UndecodableSlice)
-    assert str(prepared[4]) == str(prepare_slice(paths[4], WINDOWS, 16))
-    good = [k for k in range(12) if k != 4]
-    np.testing.assert_array_equal([prepared[k] for k in good], [prepare_slice(paths[k], WINDOWS, 16) for k in good])
+    assert said == read_slice(path)
+    np.testing.assert_array_equal(out, encoder_input(read_hu(path), WINDOWS, 16))
 
 
-def test_slices_are_read_only_so_far_ahead(tmp_path, preparer):
+def test_a_file_that_is_no_slice_says_the_same_as_its_header(tmp_path):
+    no_ct = write_slice(tmp_path, lambda dataset: setattr(dataset, "Modality", "MR"))
+    no_dicom = tmp_path / "notes.txt"
+    no_dicom.write_text("nothing to see")
+
+    for path in (no_ct, no_dicom):
+        assert isinstance(read_slice(path), SetAside)
+        assert prepare_slice(path, np.zeros((2, 16, 16), np.float32), WINDOWS, 16) == read_slice(path)
+
+
+def test_a_file_cut_short_is_set_aside_as_undecodable(tmp_path):
     path = write_slice(tmp_path)
-    asked = []
+    path.write_bytes(path.read_bytes()[:-100])
 
-    prepared = preparer.prepare((asked.append(k) or path for k in range(1000)), WINDOWS, 16)
-    next(prepared)
-    assert len(asked) == READ_AHEAD
-    next(prepared)
-    assert len(asked) == READ_AHEAD + 1
+    said = prepare_slice(path, np.zeros((2, 16, 16), np.float32), WINDOWS, 16)
 
-
-def test_a_killed_process_breaks_one_call_and_the_next_has_a_new_one(tmp_path, preparer):
-    path = write_slice(tmp_path)
-    before = set(multiprocessing.active_children())
-    prepared = preparer.prepare([path] * 1000, WINDOWS, 16)
-    first = next(prepared)
-    (process,) = set(multiprocessing.active_children()) - before
-
-    os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(BrokenProcessPool):
-        list(prepared)
-    again = list(preparer.prepare([path] * 3, WINDOWS, 16))
-
-    np.testing.assert_array_equal(again, [first] * 3)
-
-
-ORPHAN = """
-import multiprocessing, os, signal, sys
-from pathlib import Path
-from models.ct.slices import SlicePreparer
-from models.ct.windows import LUNG
-
-if __name__ == "__main__":
-    list(SlicePreparer(1).prepare([Path(sys.argv[1])], (LUNG,), 16))
-    Path(sys.argv[2]).write_text(str(multiprocessing.active_children()[0].pid))
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_a_killed_parent_leaves_no_process_behind(tmp_path):
-    script, note = tmp_path / "orphan.py", tmp_path / "pid"
-    script.write_text(ORPHAN)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    command = [sys.executable, script, write_slice(tmp_path / "ct"), note]
-    parent = subprocess.run(command, env=environment, timeout=60, check=False)
-
-    assert parent.returncode == -signal.SIGKILL
-    orphan = int(note.read_text())
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(orphan)
-        try:
-            process.wait(timeout=10)
-        finally:
-            process.kill()
+    assert isinstance(said, SetAside)
+    assert said.reason == Reason.UNDECODABLE

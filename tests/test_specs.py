@@ -7,8 +7,6 @@ import pytest
 
 from models.ct.windows import ABDOMEN, LUNG
 from models.specs import (
-    DEFAULT_ENCODER,
-    ENCODERS,
     EncoderSpec,
     MissingWeights,
     Weights,
@@ -18,6 +16,7 @@ from models.specs import (
     locate_weights,
     weights_sha256,
 )
+from models.zoo import DEFAULT_ENCODER, ENCODERS
 
 LITE0 = ENCODERS["efficientnet_lite0"]
 OWN = ENCODERS["test_mambaout"]
@@ -30,7 +29,9 @@ OTHER = {
     "licence": "MIT",
     "dim": 1281,
     "windows": (LUNG, ABDOMEN),  # another order is another array
+    "commercial_use": False,
     "windows_as": "channel",
+    "volume": "another",
     "kind": "volume3d",
     "input_size": 225,
     "interpolation": "cubic",
@@ -115,9 +116,9 @@ def test_safetensors_go_before_pth(tmp_path):
         (
             ENCODERS["mambaout_tiny"],
             "keyslice fetch mambaout_tiny --revision COMMIT (from timm/mambaout_tiny.in1k), "
-            "or put mambaout_tiny.safetensors into the weights directory",
+            "or put mambaout_tiny.safetensors (.pth, .pt, .pth.tar, .bin) into the weights directory",
         ),
-        (OWN, "put test_mambaout.safetensors into the weights directory"),
+        (OWN, "put test_mambaout.safetensors (.pth, .pt, .pth.tar, .bin) into the weights directory"),
     ],
     ids=["package", "hub", "file"],
 )

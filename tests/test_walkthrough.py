@@ -17,7 +17,7 @@ from models.ct.phantom import Identity
 from models.ct.slices import encoder_input
 from models.ct.windows import LUNG, apply_window
 from models.load import load_encoder
-from models.specs import ENCODERS
+from models.zoo import ENCODERS
 
 SPEC = ENCODERS["efficientnet_lite0"]
 
@@ -88,7 +88,7 @@ def test_a_stored_embedding_is_the_encoders_own(http, series_uid, lidc_0001, tmp
     by_uid = {str(pydicom.dcmread(path, stop_before_pixels=True).SOPInstanceUID): path for path in lidc_0001}
     middle = by_uid[positions(lidc_0001)[66][1]]
 
-    alone = encoder.encode_batch(encoder_input(read_hu(middle), SPEC.windows, SPEC.input_size)[None])[0]
+    alone = encoder.encode(encoder_input(read_hu(middle), SPEC.windows, SPEC.input_size)[None])[0]
 
     for window in (0, 1):
         a, b = stored[66, window].astype(np.float64), alone[window].astype(np.float64)

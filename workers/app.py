@@ -1,38 +1,41 @@
 """The Celery app of the workers: `celery -A workers.app worker`.
 
-The pool is `solo`: one process that takes one task at a time. torch and lance do not survive a fork, and
-decoding runs in processes of its own, which a forked pool's children may not have. More GPUs or cores are
-more workers.
+The pool is `threads`: torch and lance do not survive a fork, and tasks wait for the encoder and its decoding
+processes rather than compute. So a worker embeds a few series at once and fills its batches from all of
+them. More GPUs or cores are more workers.
 """
 
 import logging
 
-from celery.signals import worker_process_init, worker_process_shutdown
+from celery.signals import worker_init, worker_shutdown
 
 from service.queue import celery_app
 from service.settings import Settings
 
-app = celery_app(Settings())
+settings = Settings()
+app = celery_app(settings)
 app.conf.imports = ("workers.tasks",)
-app.conf.worker_pool = "solo"
+app.conf.worker_pool = "threads"
+app.conf.worker_concurrency = settings.series_at_once
 
 log = logging.getLogger(__name__)
 
 
-@worker_process_init.connect
+@worker_init.connect
 def open_resources(**_: object) -> None:
     """Load the service's encoder before the first task; torch and lance are in no other process of ours."""
-    from models.specs import MissingWeights, WrongWeights
+    from models.runtimes import CannotRun
+    from models.specs import LicenceForbids, MissingWeights, WrongWeights
     from workers.resources import resources
 
     worker = resources()
     try:
-        worker.encoder(worker.settings.encoder)
-    except (MissingWeights, WrongWeights) as error:  # tasks will fail with this reason; the rest works
-        log.error("%s", error)
+        worker.line(worker.own_encoder_id())
+    except (MissingWeights, WrongWeights, CannotRun, LicenceForbids) as error:
+        log.error("%s", error)  # tasks will fail with this reason; the rest works
 
 
-@worker_process_shutdown.connect
+@worker_shutdown.connect
 def close_resources(**_: object) -> None:
     from workers.resources import resources
 

@@ -3,26 +3,27 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy.exc import OperationalError
 
-from models.ct.errors import UndecodableSlice
-from models.ct.screening import Reason, SetAside
-from models.ct.series import CTSeries, read_series
-from models.ct.slices import encoder_input
+from models.ct.screening import SetAside
+from models.ct.series import CTSeries, arrange
 from models.heads.export import to_onnx, to_safetensors
 from models.heads.train import HeadOptions, LabelledBag, TooFewPatients
 from models.heads.train import train_head as fit
-from models.load import Encoder
-from models.specs import ENCODERS, MissingWeights, WrongWeights
+from models.line import Line
+from models.load import Encoder, canary
+from models.runtimes import CannotRun
+from models.specs import LicenceForbids, MissingWeights, WrongWeights
+from models.zoo import ENCODERS
 from service.storage.archive import content_of
 from service.storage.index import SliceRows
 from service.storage.keys import EmbeddingKey
@@ -40,6 +41,10 @@ class NotFinite(Exception):
     """An embedding holds NaN or infinity."""
 
 
+class NoVolume(Exception):
+    """The series' slices do not make the volume that the encoder wants."""
+
+
 def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
     """Read, window, encode and store one series; True where that made a new bag. Twice changes nothing."""
     key = EmbeddingKey(series_uid, encoder_id)
@@ -48,9 +53,9 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
         return False
     try:
         return _embed(key, worker)
-    except (MissingWeights, WrongWeights, NotFinite) as error:
+    except (MissingWeights, WrongWeights, CannotRun, LicenceForbids, NotFinite) as error:
         catalog.fail(key, "failed", str(error))
-    except (OSError, OperationalError, BrokenProcessPool) as error:
+    except (OSError, OperationalError) as error:
         log.warning("series %s: %s, to be tried again", series_uid, type(error).__name__)
         catalog.release(key, type(error).__name__)
         raise
@@ -63,28 +68,25 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
 
 def _embed(key: EmbeddingKey, worker: Resources) -> bool:
     stores, started, clock = worker.stores, now(), time.perf_counter()
-    encoder = worker.encoder(key.encoder_id)
-    if encoder.id != key.encoder_id:
-        raise WrongWeights(f"this worker has {encoder.id}, expected {key.encoder_id}")
+    line = worker.line(key.encoder_id)
     files = stores.archive.files(key.series_uid)
     content = content_of([path.name for path in files])
-    series = read_series(files, worker.preparer.map)
-    progress = _throttled(lambda done: stores.catalog.progress(key, done, len(series.slices)))
-    undecodable: dict[str, SetAside] = {}
-    batches = []
-    for batch in encoder.encode(_prepared(series, encoder, worker, undecodable)):
-        batches.append(batch)
-        progress(sum(map(len, batches)) + len(undecodable))
-    series = series.without(undecodable)
+    progress = _throttled(lambda done: stores.catalog.progress(key, done, len(files)))
+    embed = _embedded_volume if line.encoder.spec.volume else _embedded_slices
+    try:
+        series, embeddings = embed(files, line, progress)
+    except NoVolume as error:
+        stores.catalog.fail(key, "rejected", str(error))
+        return False
     verdict = _verdict(series)
-    if not batches:
+    if not series.slices:
         stores.catalog.fail(key, "rejected", f"none of {len(files)} files is a slice that decodes", verdict)
         return False
-    bag = np.concatenate(batches).astype(np.float16)  # (slices, windows, dim)
-    if not np.isfinite(bag).all():
-        raise NotFinite(f"{int((~np.isfinite(bag)).any(axis=(1, 2)).sum())} slices embed to NaN or infinity")
+    bag = embeddings.astype(np.float16)  # (slices, windows, dim)
+    if bad := int((~np.isfinite(bag)).any(axis=(1, 2)).sum()):
+        raise NotFinite(f"{bad} of {len(bag)} instances embed to NaN or infinity")
     times = {"started_at": started.isoformat(), "seconds": round(time.perf_counter() - clock, 3)}
-    stores.bags.put(key, content, bag, _receipt(series, encoder) | times)
+    stores.bags.put(key, content, bag, _receipt(series, line.encoder) | times)
     stores.catalog.commit(key, content, len(bag), verdict, series.geometry())
     stores.bags.keep_only(key, content)
     return True
@@ -108,7 +110,12 @@ def index_bags(worker: Resources) -> None:
 
 
 def train_head(head_id: str, worker: Resources) -> None:
-    """Train a head on the bags its labels name, and store it whole."""
+    """Train a head on the bags its labels name, and store it whole. One at a time in a process."""
+    with worker.training:
+        _train_head(head_id, worker)
+
+
+def _train_head(head_id: str, worker: Resources) -> None:
     heads = worker.stores.heads
     if not heads.claim(head_id, worker.holder, worker.settings.stale_seconds, worker.settings.max_attempts):
         return
@@ -136,35 +143,43 @@ def train_head(head_id: str, worker: Resources) -> None:
 
 def check_canary(worker: Resources) -> None:
     """Embed a fixed slice and compare it with its first embedding: the whole way still gives what it gave."""
-    encoder = worker.encoder(worker.settings.encoder)
-    ramp = np.linspace(-1024, 1024, 512 * 512, dtype=np.float32).reshape(512, 512)  # HU
-    canary = encoder_input(ramp + ramp.T, encoder.spec.windows, encoder.spec.input_size)
-    cosine = worker.stores.canaries.record(encoder.id, encoder.encode_batch(canary[None]))
+    encoder = worker.line(worker.own_encoder_id()).encoder
+    cosine = worker.stores.canaries.record(encoder.id, encoder.encode(canary(encoder.spec)))
     log.info("canary of %s: cosine %.6f", encoder.id, cosine)
 
 
-def _prepared(
-    series: CTSeries, encoder: Encoder, worker: Resources, undecodable: dict[str, SetAside]
-) -> Iterator[NDArray[np.float32]]:
-    """Encoder input of every slice that decodes, feet to head; the others are noted in `undecodable`."""
-    paths = [each.path for each in series.slices]
-    prepared = worker.preparer.prepare(paths, encoder.spec.windows, encoder.spec.input_size)
-    for each, answer in zip(series.slices, prepared, strict=True):
-        if isinstance(answer, UndecodableSlice):
-            undecodable[each.sop_uid] = SetAside(Reason.UNDECODABLE, str(answer))
-        else:
-            yield answer
+def _embedded_slices(
+    files: list[Path], line: Line, progress: Callable[[int], None]
+) -> tuple[CTSeries, NDArray[np.float32]]:
+    """The series, feet to head, and its slices' embeddings, (slices, windows, dim). Each file is read once."""
+    said = [(path, *answer) for path, answer in zip(files, line.embed(files, progress), strict=True)]
+    series = arrange((path, found) for path, found, _ in said)
+    embeddings = {path: embedding for path, _, embedding in said}
+    return series, np.array([embeddings[each.path] for each in series.slices])
+
+
+def _embedded_volume(
+    files: list[Path], line: Line, progress: Callable[[int], None]
+) -> tuple[CTSeries, NDArray[np.float32]]:
+    """The series and its one embedding, (1, 1, dim). Raises NoVolume."""
+    ((series, embedding),) = line.embed([files], lambda done: progress(done * len(files)))
+    if isinstance(series, SetAside):
+        raise NoVolume(series.detail)
+    return series, np.array([embedding])
 
 
 def _receipt(series: CTSeries, encoder: Encoder) -> dict[str, Any]:
     slices = series.slices
+    # A volume has one row in the bag; the slice in its middle stands for it.
+    rows = slices[len(slices) // 2 :][:1] if encoder.spec.volume else slices
     return {
+        "kind": encoder.spec.kind,
         "encoder_id": encoder.id,
         "encoder_fingerprint": encoder.fingerprint,
         "code_version": version("keyslice"),
         "windows": [window.name for window in encoder.spec.windows],
-        "sop_uids": [each.sop_uid for each in slices],
-        "z_mm": [each.z_mm for each in slices],
+        "sop_uids": [each.sop_uid for each in rows],
+        "z_mm": [each.z_mm for each in rows],
         "rescale": sorted({(each.slope, each.intercept) for each in slices}, key=str),
         "decoders": sorted({each.decoder for each in slices}),
         "normal": slices[0].normal,

@@ -1,34 +1,76 @@
-"""What a worker process opens once: the stores, the loaded networks, the decoding processes."""
+"""What a worker process opens once: the stores, and a line for every encoder it is asked for."""
 
 import os
 import socket
-from functools import cache
+import threading
+from functools import cache, partial
 
-from models.ct.slices import SlicePreparer
-from models.load import Encoder, load_encoder
-from models.specs import ENCODERS
+from models.ct.processes import Prepare
+from models.ct.slices import prepare_slice
+from models.ct.volume import prepare_volume
+from models.line import Line
+from models.load import load_encoder
+from models.modes import by_id, in_mode
+from models.specs import EncoderSpec, WrongWeights, check_licence, encoder_id
+from models.zoo import ENCODERS
 from service.settings import Settings
 from service.storage.stores import Stores, open_stores
 
+# Far longer than any slice, or the volume of any series, takes to prepare.
+SLICE_SECONDS, VOLUME_SECONDS = 20.0, 900.0
+
 
 class Resources:
+    """Shared by the worker's threads."""
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stores: Stores = open_stores(settings)
-        self.preparer = SlicePreparer(settings.decode_processes)
-        self.holder = f"{socket.gethostname()}:{os.getpid()}"
-        self._encoders: dict[str, Encoder] = {}
+        self.training = threading.Lock()  # torch's random numbers are the process's: one head at a time
+        self._lines: dict[str, Line] = {}
+        self._loading = threading.Lock()
 
-    def encoder(self, name: str) -> Encoder:
-        """The encoder by name or id; raises MissingWeights or WrongWeights."""
-        name = name.partition("@")[0]
-        if name not in self._encoders:
-            self._encoders[name] = load_encoder(ENCODERS[name], self.settings.weights_path)
-        return self._encoders[name]
+    @property
+    def holder(self) -> str:
+        """Who claims work: this thread of this process."""
+        return f"{socket.gethostname()}:{os.getpid()}:{threading.get_native_id()}"
+
+    def line(self, encoder_id: str) -> Line:
+        """The encoder of this id, loaded. Raises MissingWeights, WrongWeights, CannotRun or LicenceForbids."""
+        with self._loading:
+            if encoder_id not in self._lines:
+                self._lines[encoder_id] = self._open(self.spec(encoder_id))
+            return self._lines[encoder_id]
+
+    def spec(self, encoder_id: str) -> EncoderSpec:
+        """The spec, and the way of running it, that has this id here."""
+        plain = ENCODERS[encoder_id.partition("@")[0]]
+        spec = by_id(plain, encoder_id, self.settings.weights_path)
+        if spec is None:
+            raise WrongWeights(f"this worker's {plain.name} is another, expected {encoder_id}")
+        return spec
+
+    def own_encoder_id(self) -> str:
+        """The id of the service's encoder, run as its mode says. Raises MissingWeights or WrongWeights."""
+        weights = self.settings.weights_path
+        return encoder_id(in_mode(ENCODERS[self.settings.encoder], self.settings.mode, weights), weights)
 
     def close(self) -> None:
-        self.preparer.close()
+        for line in self._lines.values():
+            line.close()
         self.stores.close()
+
+    def _open(self, spec: EncoderSpec) -> Line:
+        check_licence(spec, self.settings.noncommercial)
+        encoder = load_encoder(spec, self.settings.weights_path)
+        volume, (window, *_) = spec.volume, spec.windows
+        if volume:
+            prepare: Prepare = partial(
+                prepare_volume, spacing_mm=volume.spacing_mm, window=window, preparation=volume.preparation
+            )
+            return Line(encoder, prepare, 1, VOLUME_SECONDS)
+        prepare = partial(prepare_slice, windows=spec.windows, size=spec.input_size)
+        return Line(encoder, prepare, self.settings.decode_processes, SLICE_SECONDS)
 
 
 @cache

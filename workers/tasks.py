@@ -1,6 +1,5 @@
 """One thin task per verb. What they call is imported when they run, so that naming a task loads no torch."""
 
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from celery import shared_task
@@ -8,9 +7,9 @@ from sqlalchemy.exc import OperationalError
 
 from service.queue import CHECK_CANARY, EMBED_SERIES, INDEX_BAGS, TRAIN_HEAD
 
-# What may be over in a moment: a disk or database that was away, a decoder that died. Bad data is never retried.
+# What may be over in a moment: a disk or database that was away. Bad data is never retried.
 RETRIED: dict[str, Any] = {
-    "autoretry_for": (OSError, OperationalError, BrokenProcessPool),
+    "autoretry_for": (OSError, OperationalError),
     "retry_backoff": 2,
     "max_retries": 5,
 }

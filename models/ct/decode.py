@@ -47,7 +47,16 @@ def read_hu(path: Path) -> NDArray[np.float32]:
     """
     content = io.BytesIO(path.read_bytes())  # a disk that fails is no fault of the slice, and may be over in a moment
     try:
-        return _hu(pydicom.dcmread(content, force=True))
+        dataset = pydicom.dcmread(content, force=True)
+    except Exception as error:  # arbitrary bytes make pydicom raise anything
+        raise UndecodableSlice(f"{type(error).__name__} while reading") from error
+    return decoded_hu(dataset)
+
+
+def decoded_hu(dataset: FileDataset) -> NDArray[np.float32]:
+    """The same of a file that was read already."""
+    try:
+        return _hu(dataset)
     except UndecodableSlice:
         raise
     except Exception as error:  # decoders raise whatever their C library reports

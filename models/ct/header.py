@@ -1,6 +1,8 @@
 """The header of one DICOM file: the few elements that decide what it is and where it lies."""
 
+import io
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pydicom
 from pydicom import config, uid
@@ -44,19 +46,19 @@ class NotDicom(Exception):
 def read_header(path: Path) -> FileDataset:
     """The elements of HEADER_TAGS. Rows is removed where no PixelData follows. Raises NotDicom."""
     with path.open("rb") as file:
-        marked = file.read(132)[128:] == b"DICM"  # PS3.10 7.1; older exports lack it and are read all the same
-        file.seek(0)
-        try:
-            header = pydicom.dcmread(file, specific_tags=[*HEADER_TAGS], stop_before_pixels=True, force=True)
-            named = "SOPInstanceUID" in header
-        except Exception as error:  # arbitrary bytes make pydicom raise anything
-            raise NotDicom(f"{type(error).__name__} while reading it as DICOM") from error
-        if not marked and not named:
-            raise NotDicom("no DICM marker at byte 128 and no SOPInstanceUID, expected a DICOM file")
+        header = _read(file, specific_tags=[*HEADER_TAGS], stop_before_pixels=True)
         deflated = header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
         if not deflated and file.read(4) not in PIXEL_DATA and "Rows" in header:
             del header.Rows
     return header
+
+
+def read_whole(path: Path) -> FileDataset:
+    """Header and pixels, read once. Rows is removed where there is no PixelData. Raises NotDicom."""
+    dataset = _read(io.BytesIO(path.read_bytes()))
+    if "PixelData" not in dataset and "Rows" in dataset:
+        del dataset.Rows
+    return dataset
 
 
 def texts(header: FileDataset, keyword: str) -> list[str]:
@@ -65,3 +67,16 @@ def texts(header: FileDataset, keyword: str) -> list[str]:
     if value is None:
         return []
     return [value] if isinstance(value, str) else [str(each) for each in value]
+
+
+def _read(file: BinaryIO, **options: Any) -> FileDataset:
+    marked = file.read(132)[128:] == b"DICM"  # PS3.10 7.1; older exports lack it and are read all the same
+    file.seek(0)
+    try:
+        dataset = pydicom.dcmread(file, force=True, **options)
+        named = "SOPInstanceUID" in dataset
+    except Exception as error:  # arbitrary bytes make pydicom raise anything
+        raise NotDicom(f"{type(error).__name__} while reading it as DICOM") from error
+    if not marked and not named:
+        raise NotDicom("no DICM marker at byte 128 and no SOPInstanceUID, expected a DICOM file")
+    return dataset

@@ -1,6 +1,7 @@
 """Which DICOM files are axial CT slices, and why the others are not."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydicom.dataset import FileDataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from models.ct.decode import DECODERS
-from models.ct.header import NotDicom, read_header, texts
+from models.ct.header import NotDicom, read_header, read_whole, texts
 
 # PS3.5 9.1: at most 64 characters, digits and single dots. It names files here, so nothing else may pass.
 UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(\.[0-9]+)*")
@@ -37,6 +38,7 @@ class Reason(StrEnum):
     BAD_RESCALE = "bad_rescale"
     UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"
     UNDECODABLE = "undecodable"
+    NO_VOLUME = "no_volume"
     ORIENTATION_DIFFERS = "orientation_differs"
     DUPLICATE_POSITION = "duplicate_position"
     SERIES_OF_ANOTHER_PATIENT = "series_of_another_patient"
@@ -51,12 +53,12 @@ class SetAside:
 
 def screened_header(path: Path) -> FileDataset | SetAside:
     """The header of a usable axial CT slice, or why the file is none."""
-    try:
-        header = read_header(path)
-    except NotDicom as error:
-        return SetAside(Reason.NOT_DICOM, str(error))
-    found = _screen(header)
-    return replace(found, series_uid=str(header.get("SeriesInstanceUID", ""))) if found else header
+    return _screened(path, read_header)
+
+
+def screened_dataset(path: Path) -> FileDataset | SetAside:
+    """The same with its pixels, which are not decoded yet."""
+    return _screened(path, read_whole)
 
 
 def slice_normal(orientation: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -82,6 +84,15 @@ def numbers(header: FileDataset, keyword: str, count: int) -> NDArray[np.float64
     except (TypeError, ValueError):
         return None
     return values if values.shape == (count,) and np.isfinite(values).all() else None
+
+
+def _screened(path: Path, read: Callable[[Path], FileDataset]) -> FileDataset | SetAside:
+    try:
+        dataset = read(path)
+    except NotDicom as error:
+        return SetAside(Reason.NOT_DICOM, str(error))
+    found = _screen(dataset)
+    return replace(found, series_uid=str(dataset.get("SeriesInstanceUID", ""))) if found else dataset
 
 
 def _screen(header: FileDataset) -> SetAside | None:

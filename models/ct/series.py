@@ -1,11 +1,11 @@
 """One CT series: its axial slices from feet to head, and the verdict on its geometry."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from pydicom import uid
@@ -66,14 +66,6 @@ class Verdict:
 class CTSeries:
     slices: tuple[CTSlice, ...]  # feet to head
     set_aside: tuple[tuple[str, SetAside], ...]  # file name and reason
-
-    def without(self, undecodable: dict[str, SetAside]) -> "CTSeries":
-        """The series with these slices, named by SOPInstanceUID, set aside too."""
-        kept = tuple(each for each in self.slices if each.sop_uid not in undecodable)
-        dropped = tuple(
-            (each.path.name, undecodable[each.sop_uid]) for each in self.slices if each.sop_uid in undecodable
-        )
-        return replace(self, slices=kept, set_aside=self.set_aside + dropped)
 
     @property
     def spacing_mm(self) -> float | None:
@@ -139,20 +131,16 @@ class CTSeries:
             yield Finding("lossy_source", {"slices": lossy})
 
 
-class Map(Protocol):
-    """The built-in map, or one that works in several processes."""
-
-    def __call__(
-        self, function: Callable[[Path], CTSlice | SetAside], paths: Iterable[Path], /
-    ) -> Iterable[CTSlice | SetAside]: ...
-
-
-def read_series(paths: Iterable[Path], each: Map = map) -> CTSeries:
+def read_series(paths: Iterable[Path]) -> CTSeries:
     """The series in these DICOM files, from their headers alone; without slices where none is usable."""
+    return arrange((path, read_slice(path)) for path in sorted(paths))
+
+
+def arrange(files: Iterable[tuple[Path, CTSlice | SetAside]]) -> CTSeries:
+    """The series that these slices make, and the files set aside."""
     slices: list[CTSlice] = []
     set_aside: list[tuple[str, SetAside]] = []
-    names = sorted(paths)
-    for path, found in zip(names, each(read_slice, names), strict=True):
+    for path, found in files:
         if isinstance(found, SetAside):
             set_aside.append((path.name, found))
         else:
@@ -164,10 +152,11 @@ def read_series(paths: Iterable[Path], each: Map = map) -> CTSeries:
 def read_slice(path: Path) -> CTSlice | SetAside:
     """What the file's header says of its slice, or why it is none."""
     header = screened_header(path)
-    return header if isinstance(header, SetAside) else _slice(path, header)
+    return header if isinstance(header, SetAside) else slice_of(path, header)
 
 
-def _slice(path: Path, header: FileDataset) -> CTSlice:
+def slice_of(path: Path, header: FileDataset) -> CTSlice:
+    """What a screened header says of its slice."""
     orientation, position = numbers(header, "ImageOrientationPatient", 6), numbers(header, "ImagePositionPatient", 3)
     assert orientation is not None and position is not None  # screen() has checked both
     normal = slice_normal(orientation)

@@ -17,7 +17,10 @@ class Window:
 ABDOMEN = Window("abdomen", low=-175.0, high=275.0)
 LUNG = Window("lung", low=-1500.0, high=500.0)
 
-WINDOWS = {window.name: window for window in (ABDOMEN, LUNG)}
+# What the volume encoders see (Merlin, CT-CLIP).
+WIDE = Window("wide", low=-1000.0, high=1000.0)
+
+WINDOWS = {window.name: window for window in (ABDOMEN, LUNG, WIDE)}
 
 
 def apply_window(hu: NDArray[np.float32], window: Window) -> NDArray[np.float32]:

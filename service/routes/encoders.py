@@ -4,10 +4,12 @@ from dataclasses import asdict
 
 from fastapi import APIRouter
 
-from models.specs import ENCODERS, EncoderSpec, how_to_get
+from models.specs import how_to_get
+from models.zoo import ENCODERS
 from service.deps import EncoderNames, EncodersDep, SettingsDep
 from service.errors import WeightsNotHere
 from service.schemas import Encoder, Encoders
+from service.settings import Settings
 
 router = APIRouter(prefix="/v1/encoders", tags=["encoders"])
 
@@ -15,18 +17,26 @@ router = APIRouter(prefix="/v1/encoders", tags=["encoders"])
 @router.get("")
 def list_encoders(encoders: EncodersDep, settings: SettingsDep) -> Encoders:
     """Every encoder with its windows, licence and id, and how to get weights that are not here."""
-    return Encoders(encoders=[_encoder(spec, encoders, settings.encoder) for spec in ENCODERS.values()])
+    return described(encoders, settings)
 
 
-def _encoder(spec: EncoderSpec, encoders: EncoderNames, default: str) -> Encoder:
+def described(encoders: EncoderNames, settings: Settings) -> Encoders:
+    return Encoders(encoders=[_encoder(name, encoders, settings) for name in ENCODERS])
+
+
+def _encoder(name: str, encoders: EncoderNames, settings: Settings) -> Encoder:
+    spec = encoders.spec(name)
     try:
-        encoder_id = encoders.id(spec.name)
+        encoder_id = encoders.present_id(spec)
     except WeightsNotHere:
         encoder_id = None
     return Encoder(
         **asdict(spec),
+        input_shape=list(spec.input_shape),
         encoder_id=encoder_id,
-        default=spec.name == default,
+        default=name == settings.encoder,
         weights_present=encoder_id is not None,
+        source=f"{spec.weights.source} {spec.weights.locator}",
         how_to_get=how_to_get(spec),
+        permitted=spec.commercial_use or settings.noncommercial,
     )

@@ -27,6 +27,12 @@ class Canaries:
             row.checked_at = now()
             return row.cosine
 
+    def reference(self, encoder_id: str) -> NDArray[np.float32] | None:
+        """The first embedding ever of this encoder's canary, flat; None before that."""
+        with self._database.read() as session:
+            row = session.get(CanaryRow, encoder_id)
+        return None if row is None else np.frombuffer(row.reference, dtype=np.float32)
+
     def last(self) -> tuple[datetime, float] | None:
         """When any worker last embedded its canary, and the lowest cosine among encoders."""
         with self._database.read() as session:

@@ -1,0 +1,135 @@
+"""Processes that prepare encoder input, each writing to memory that it shares with the encoder's process."""
+
+import ctypes
+import math
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from models.ct.screening import Reason, SetAside
+from models.memory import keep_freed_memory
+
+# Forking a process that has run torch hangs.
+SPAWN = multiprocessing.get_context("spawn")
+START_SECONDS = 120.0  # until a new process has imported what it needs, on a busy machine
+ATTEMPTS = 2  # at one item, should its process die
+
+Prepare = Callable[[Any, NDArray[np.float32]], Any]  # (item, out) -> what there is to say of it
+
+
+class Slots:
+    """Arrays of one shape in memory that processes share. No name of it lies anywhere, so nothing outlives a kill."""
+
+    def __init__(self, count: int, shape: tuple[int, ...]) -> None:
+        self.shape = (count, *shape)
+        self.memory: Any = SPAWN.RawArray(ctypes.c_float, math.prod(self.shape))
+
+    def array(self) -> NDArray[np.float32]:
+        """(count, *shape)"""
+        floats: NDArray[np.float32] = np.frombuffer(self.memory, np.float32)
+        return floats.reshape(self.shape)
+
+
+class Processes:
+    """Prepares items side by side; each process is served by a thread that starts another where it dies."""
+
+    def __init__(self, count: int, prepare: Prepare, slots: Slots, silent_seconds: float) -> None:
+        self._prepare = prepare
+        self._slots = slots
+        self._silent_seconds = silent_seconds
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix="prepare")
+        self._own = threading.local()
+        self._every: list[_Process] = []
+
+    def submit(self, item: Any, slot: int) -> Future[Any]:
+        """What prepare(item, slots[slot]) answers, or raises; a SetAside where it takes down whoever tries it."""
+        return self._threads.submit(self._ask, item, slot)
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._every:
+            process.kill()
+
+    def _ask(self, item: Any, slot: int) -> Any:
+        for _ in range(ATTEMPTS):
+            process = getattr(self._own, "process", None) or self._start()
+            try:
+                answer = process.ask(item, slot, self._silent_seconds)
+            except (EOFError, OSError):
+                process.kill()
+                self._every.remove(process)
+                self._own.process = None
+                continue
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        detail = f"its decoder died or was silent for {self._silent_seconds:.0f} s, {ATTEMPTS} times"
+        return SetAside(Reason.UNDECODABLE, detail)
+
+    def _start(self) -> "_Process":
+        self._own.process = _Process(self._prepare, self._slots)
+        self._every.append(self._own.process)
+        started: _Process = self._own.process
+        return started
+
+
+class _Process:
+    def __init__(self, prepare: Prepare, slots: Slots) -> None:
+        self._pipe, theirs = SPAWN.Pipe()
+        self._process = SPAWN.Process(
+            target=_serve, args=(theirs, prepare, slots.memory, slots.shape), name="prepare", daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that its death closes the pipe
+        self._awake = False
+
+    def ask(self, item: Any, slot: int, silent_seconds: float) -> Any:
+        """The answer, an exception included. Raises EOFError or OSError where the process is gone or silent."""
+        if not self._awake:
+            self._receive(START_SECONDS)
+            self._awake = True
+        self._pipe.send((item, slot))
+        return self._receive(silent_seconds)
+
+    def _receive(self, seconds: float) -> Any:
+        if not self._pipe.poll(seconds):
+            raise TimeoutError
+        return self._pipe.recv()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def _serve(pipe: Connection, prepare: Prepare, memory: Any, shape: tuple[int, ...]) -> None:
+    keep_freed_memory()
+    cv2.setNumThreads(1)
+    os.nice(5)  # yield to the encoder, which is the bottleneck, whenever both want the core
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    slots = np.frombuffer(memory, np.float32).reshape(shape)
+    pipe.send("awake")
+    while True:
+        item, slot = pipe.recv()
+        try:
+            answer = prepare(item, slots[slot])
+        except OSError as error:  # a disk that was away; worth another try
+            answer = OSError(error.errno, os.strerror(error.errno or 0))
+        except Exception as error:  # the message may hold what the file held
+            answer = RuntimeError(f"{type(error).__name__} while preparing")
+        pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    """A killed parent leaves no orphan behind, not even one that is busy."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(0)
