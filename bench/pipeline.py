@@ -2,6 +2,7 @@
 
 Starts the embedded service, posts copies of one series under new UIDs, and in between times the bare
 encoder on ready tensors, so that both see the same machine. Prints a table, and as its last line JSON.
+KEYSLICE_ENCODER and KEYSLICE_MODE choose another encoder, or another way of running it.
 
     python bench/pipeline.py [SERIES]    a directory, or a tar of DICOM; default: lidc-idri-0314 of
                                          ../shared/data where it is, else a 275-slice phantom
@@ -23,21 +24,21 @@ import httpx
 import numpy as np
 import psutil
 import pydicom
-from pydicom.uid import JPEG2000Lossless, generate_uid
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, generate_uid
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from models.ct.decode import read_hu
 from models.ct.phantom import Identity, chest, write_series
-from models.ct.series import read_series
-from models.ct.slices import encoder_input
-from models.load import BATCH_INSTANCES, Encoder, load_encoder
-from models.zoo import DEFAULT_ENCODER, ENCODERS
+from models.ct.slices import prepare_slice
+from models.load import Encoder, load_encoder
+from models.modes import in_mode
+from models.zoo import ENCODERS
 from service.embedded import Running, in_background
+from service.settings import Settings
 
 ROUNDS = 3
-JPEG2000_SLICES = 100  # encoding them takes longer than embedding them
+COMPRESSED_SLICES = 100  # compressing them takes longer than embedding them
 DEFAULT_SERIES = Path(__file__).resolve().parents[2] / "shared/data/lidc-idri-0314/lidc-idri-0314.tar.xz"
 MB = 2**20
 
@@ -68,30 +69,30 @@ class PeakMemory:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="keyslice-bench-") as folder:
-        files = series_files(Path(folder))
-        encoder = load_encoder(ENCODERS[DEFAULT_ENCODER], Path(folder))
-        slices = read_series(files).slices
-        tensors = np.stack(
-            [
-                encoder_input(read_hu(each.path), encoder.spec.windows, encoder.spec.input_size)
-                for each in track(slices, "ready tensors", console=console)
-            ]
-        )
-        jpeg2000 = compressed([each.path for each in slices[:JPEG2000_SLICES]], Path(folder) / "j2k")
-        bare, plain, packed = [], [], []
-        with in_background(Path(folder) / "data") as service:
-            memory = PeakMemory(service)
-            end_to_end(service, files[:8], Path(folder))  # the first series after a start warms everything
-            bare_encoder(encoder, tensors[:32])
-            for _ in track(range(ROUNDS), "rounds", console=console):
+    with tempfile.TemporaryDirectory(prefix="keyslice-bench-") as name, in_background(Path(name) / "data") as service:
+        folder, settings = Path(name), Settings(data_dir=Path(name) / "data")
+        weights = settings.weights_path  # where the service has just measured how to run its encoder
+        encoder = load_encoder(in_mode(ENCODERS[settings.encoder], settings.mode, weights), weights)
+        files = series_files(folder)
+        inputs = {
+            "uncompressed": files,
+            "JPEG-LS": compressed(files[:COMPRESSED_SLICES], folder / "jls", JPEGLSLossless, "pyjpegls"),
+            "JPEG 2000": compressed(files[:COMPRESSED_SLICES], folder / "j2k", JPEG2000Lossless, "pylibjpeg"),
+        }
+        tensors, prepare_seconds = ready_tensors(encoder, inputs)
+        memory = PeakMemory(service)
+        bare: list[float] = []
+        rates: dict[str, list[float]] = {name: [] for name in inputs}
+        end_to_end(service, files[:8], folder)  # the first series after a start warms everything
+        bare_encoder(encoder, tensors[:32])
+        for _ in track(range(ROUNDS), "rounds", console=console):
+            for each, paths in inputs.items():
                 bare.append(bare_encoder(encoder, tensors))
-                plain.append(end_to_end(service, files, Path(folder)))
-                packed.append(end_to_end(service, jpeg2000, Path(folder)))
-            bare.append(bare_encoder(encoder, tensors))
-            memory.stop()
-        upload_mb = sum(file.stat().st_size for file in files) / MB
-    report(statistics.median(bare), statistics.median(plain), statistics.median(packed), memory, len(slices), upload_mb)
+                rates[each].append(end_to_end(service, paths, folder))
+        bare.append(bare_encoder(encoder, tensors))
+        memory.stop()
+        figures = {each: statistics.median(found) for each, found in rates.items()}
+        report(encoder, statistics.median(bare), figures, prepare_seconds, memory)
 
 
 def series_files(folder: Path) -> list[Path]:
@@ -107,22 +108,35 @@ def series_files(folder: Path) -> list[Path]:
     return write_series(folder / "series", phantom.hu, phantom.spacing_mm, Identity("BENCH"))
 
 
-def compressed(files: list[Path], folder: Path) -> list[Path]:
+def compressed(files: list[Path], folder: Path, syntax: str, plugin: str) -> list[Path]:
     folder.mkdir()
-    for path in track(files, "JPEG 2000", console=console):
+    for path in track(files, folder.name, console=console):
         dataset = pydicom.dcmread(path)
-        dataset.compress(JPEG2000Lossless, encoding_plugin="pylibjpeg")
+        dataset.compress(syntax, encoding_plugin=plugin)
         dataset.save_as(folder / path.name)
     return sorted(folder.iterdir())
 
 
+def ready_tensors(encoder: Encoder, inputs: dict[str, list[Path]]) -> tuple[np.ndarray, dict[str, float]]:
+    """Encoder input of the uncompressed slices, and the seconds of one core that preparing a slice takes."""
+    spec = encoder.spec
+    tensors = np.empty((len(inputs["uncompressed"]), *spec.input_shape), np.float32)
+    seconds = {}
+    for each, paths in inputs.items():
+        begun = time.thread_time()
+        for path, out in zip(paths, tensors, strict=False):
+            prepare_slice(path, out, spec.windows, spec.input_size)
+        seconds[each] = (time.thread_time() - begun) / len(paths)
+    return tensors, seconds
+
+
 def bare_encoder(encoder: Encoder, tensors: np.ndarray) -> float:
     """Slices per second of the network alone, in the batches that the worker uses."""
-    per_batch = BATCH_INSTANCES // len(encoder.spec.windows)
+    whole = len(tensors) // encoder.batch * encoder.batch
     start = time.perf_counter()
-    for first in range(0, len(tensors), per_batch):
-        encoder.encode(tensors[first : first + per_batch])
-    return len(tensors) / (time.perf_counter() - start)
+    for first in range(0, whole, encoder.batch):
+        encoder.begin(tensors[first : first + encoder.batch])()
+    return whole / (time.perf_counter() - start)
 
 
 def end_to_end(service: Running, files: list[Path], folder: Path) -> float:
@@ -158,18 +172,29 @@ def copy_of(files: list[Path], folder: Path) -> Iterator[Path]:
     archive.unlink()
 
 
-def report(bare: float, plain: float, packed: float, memory: PeakMemory, slices: int, upload_mb: float) -> None:
-    table = Table("figure", "value", title=f"{slices} slices, {upload_mb:.0f} MB, medians of {ROUNDS} rounds")
-    table.add_row("bare encoder", f"{bare:.1f} slices/s")
-    table.add_row("end to end, uncompressed", f"{plain:.1f} slices/s, {plain / bare:.3f} of bare")
-    table.add_row("end to end, JPEG 2000", f"{packed:.1f} slices/s, {packed / bare:.3f} of bare")
-    table.add_row("API, peak", f"{memory.api / MB:.0f} MB")
-    table.add_row("worker with its decoders, peak", f"{memory.worker / MB:.0f} MB")
+def report(
+    encoder: Encoder, bare: float, rates: dict[str, float], prepare_seconds: dict[str, float], memory: PeakMemory
+) -> None:
+    spec, cores = encoder.spec, psutil.cpu_count(logical=False) or 1
+    table = Table(
+        "input",
+        "slices/s",
+        "of bare",
+        "of bare at most",
+        "prepare, core ms/slice",
+        title=(f"{spec.name}, {spec.runtime} {spec.precision}, bare {bare:.1f} slices/s; medians of {ROUNDS} rounds"),
+    )
+    for each, rate in rates.items():
+        # Preparing a slice and encoding it share the cores, on a CPU: more than all of their time there is not.
+        most = 1 / (1 + bare * prepare_seconds[each] / cores) if encoder.device.type == "cpu" else 1.0
+        table.add_row(each, f"{rate:.1f}", f"{rate / bare:.3f}", f"{most:.3f}", f"{prepare_seconds[each] * 1000:.1f}")
     console.print(table)
+    console.print(f"API, peak {memory.api / MB:.0f} MB; worker with its decoders, peak {memory.worker / MB:.0f} MB")
     figures = {
-        "end_to_end_over_bare": round(plain / bare, 4),
-        "end_to_end_over_bare_jpeg2000": round(packed / bare, 4),
-        "slices_per_s": round(plain, 2),
+        "end_to_end_over_bare": round(rates["uncompressed"] / bare, 4),
+        "end_to_end_over_bare_jpegls": round(rates["JPEG-LS"] / bare, 4),
+        "end_to_end_over_bare_jpeg2000": round(rates["JPEG 2000"] / bare, 4),
+        "slices_per_s": round(rates["uncompressed"], 2),
         "bare_slices_per_s": round(bare, 2),
         "api_peak_mb": round(memory.api / MB, 1),
         "worker_peak_mb": round(memory.worker / MB, 1),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.modes import COSINE, Mode, in_mode
-from models.specs import SUFFIXES, EncoderSpec, MissingWeights, WrongWeights
+from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence
 from models.zoo import ENCODERS
 from service.settings import Settings
 
@@ -110,7 +110,7 @@ def calibrate(
     """Measure which way of running an encoder is fastest on this machine, and use it from the next start on."""
     from models.calibrate import calibrate as measure
 
-    settings, spec = _encoder(name)
+    settings, spec = _permitted(name)
     try:
         measure(spec, mode or settings.mode, settings.weights_path, typer.echo, again)
     except (MissingWeights, WrongWeights) as error:
@@ -125,7 +125,7 @@ def verify(name: Annotated[str | None, typer.Argument(help="an encoder; the serv
     from models.load import canary, load_encoder
     from service.storage.stores import open_stores
 
-    settings, spec = _encoder(name)
+    settings, spec = _permitted(name)
     stores = open_stores(settings)
     try:
         encoder = load_encoder(in_mode(spec, settings.mode, settings.weights_path), settings.weights_path)
@@ -148,6 +148,15 @@ def _encoder(name: str | None) -> tuple[Settings, EncoderSpec]:
     if asked not in ENCODERS:
         _fail(f"no encoder {asked!r}, expected one of {', '.join(ENCODERS)}")
     return settings, ENCODERS[asked]
+
+
+def _permitted(name: str | None) -> tuple[Settings, EncoderSpec]:
+    settings, spec = _encoder(name)
+    try:
+        check_licence(spec, settings.noncommercial)
+    except LicenceForbids as error:
+        _fail(str(error))
+    return settings, spec
 
 
 def _settings() -> Settings:

@@ -1,5 +1,6 @@
 import itertools
 
+import cv2
 import numpy as np
 import pytest
 from synthetic import random_hu, write_slice
@@ -33,6 +34,17 @@ def test_encoder_input_is_the_area_mean_of_each_window(source, size):
     expected = [block_mean(apply_window(hu, window), source // size) for window in WINDOWS]
     assert (prepared.shape, prepared.dtype) == ((2, size, size), np.float32)
     np.testing.assert_allclose(prepared, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(512, 512), (300, 417), (225, 1024), (96, 97)])
+def test_the_area_mean_is_opencvs(rows, columns):
+    hu = np.random.default_rng(0).integers(-1024, 2000, (rows, columns)).astype(np.float32)
+    size = min(96, rows)
+
+    prepared = encoder_input(hu, WINDOWS, size)
+
+    expected = [cv2.resize(apply_window(hu, window), (size, size), interpolation=cv2.INTER_AREA) for window in WINDOWS]
+    np.testing.assert_allclose(prepared, expected, atol=2e-6)
 
 
 def test_a_slice_is_windowed_before_it_is_resized():

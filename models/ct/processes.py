@@ -113,7 +113,6 @@ class _Process:
 def _serve(pipe: Connection, prepare: Prepare, memory: Any, shape: tuple[int, ...]) -> None:
     keep_freed_memory()
     cv2.setNumThreads(1)
-    os.nice(5)  # yield to the encoder, which is the bottleneck, whenever both want the core
     threading.Thread(target=_end_with_parent, daemon=True).start()
     slots = np.frombuffer(memory, np.float32).reshape(shape)
     pipe.send("awake")

@@ -22,8 +22,8 @@ class Canaries:
             if row is None:
                 row = CanaryRow(encoder_id=encoder_id, reference=flat.tobytes())
                 session.add(row)
-            reference = np.frombuffer(row.reference, dtype=np.float32)
-            row.cosine = float(flat @ reference / (np.linalg.norm(flat) * np.linalg.norm(reference)))
+            a, b = flat.astype(np.float64), np.frombuffer(row.reference, dtype=np.float32).astype(np.float64)
+            row.cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
             row.checked_at = now()
             return row.cosine
 
