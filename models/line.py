@@ -27,7 +27,8 @@ Answer = tuple[Any, NDArray[np.float32] | None]
 @dataclass
 class _Batch:
     number: int  # which part of the shared memory
-    prepared: list[Future[Any]] = field(default_factory=list)
+    handed: list[tuple[Any, int]] = field(default_factory=list)  # items with their slots, not with a process yet
+    prepared: list[Future[list[Any]]] = field(default_factory=list)  # what is said of the items, share by share
     answers: list[Future[Answer]] = field(default_factory=list)
 
 
@@ -45,6 +46,7 @@ class Line:
         slots = Slots(batches * encoder.batch, encoder.spec.input_shape)
         self._input = slots.array().reshape(batches, encoder.batch, *encoder.spec.input_shape)
         self._processes = Processes(processes, prepare, slots, silent_seconds)
+        self._share = max(1, encoder.batch // processes)  # of a batch, that one process takes at once
         self._free = list(range(batches))
         self._open: _Batch | None = None
         self._callers = 0
@@ -100,15 +102,22 @@ class Line:
             tick()
 
     def _add(self, item: Any, batch: _Batch) -> Future[Answer]:
-        slot = batch.number * self.encoder.batch + len(batch.answers)
-        batch.prepared.append(self._processes.submit(item, slot))
         answer: Future[Answer] = Future()
+        batch.handed.append((item, batch.number * self.encoder.batch + len(batch.answers)))
         batch.answers.append(answer)
+        if len(batch.handed) == self._share:
+            self._hand_over(batch)
         if len(batch.answers) == self.encoder.batch:
             self._close_batch(batch)
         return answer
 
+    def _hand_over(self, batch: _Batch) -> None:
+        batch.prepared.append(self._processes.submit(batch.handed))
+        batch.handed = []
+
     def _close_batch(self, batch: _Batch) -> None:
+        if batch.handed:
+            self._hand_over(batch)
         self._open = None
         self._full.put(batch)
 
@@ -130,12 +139,12 @@ class Line:
 
     def _begin(self, batch: _Batch) -> Callable[[], None]:
         """Run the encoder over a batch once it is prepared; what comes back hands out its answers."""
-        wait(batch.prepared)
         try:
+            said = [answer for share in batch.prepared for answer in share.result()]
             embeddings: Callable[[], NDArray[np.float32]] | None = None
-            if any(_has_input(prepared) for prepared in batch.prepared):
+            if any(_has_input(each) for each in said):
                 embeddings = self.encoder.begin(self._input[batch.number])
-            return partial(_hand_out, batch, embeddings)
+            return partial(_hand_out, batch, said, embeddings)
         except Exception as error:  # the callers must hear of it, and the thread must live
             return partial(_fail, batch, error)
         finally:
@@ -144,21 +153,21 @@ class Line:
                 self._change.notify_all()
 
 
-def _has_input(prepared: Future[Any]) -> bool:
-    return prepared.exception() is None and not isinstance(prepared.result(), SetAside)
+def _has_input(said: Any) -> bool:
+    return not isinstance(said, SetAside | Exception)
 
 
-def _hand_out(batch: _Batch, embeddings: Callable[[], NDArray[np.float32]] | None) -> None:
+def _hand_out(batch: _Batch, said: list[Any], embeddings: Callable[[], NDArray[np.float32]] | None) -> None:
     try:
         rows = embeddings() if embeddings else None  # (batch, windows, dim)
     except Exception as error:
         _fail(batch, error)
         return
-    for row, (prepared, answer) in enumerate(zip(batch.prepared, batch.answers, strict=True)):
-        if failure := prepared.exception():
-            answer.set_exception(failure)
+    for row, (each, answer) in enumerate(zip(said, batch.answers, strict=True)):
+        if isinstance(each, Exception):
+            answer.set_exception(each)
         else:
-            answer.set_result((prepared.result(), rows[row] if rows is not None and _has_input(prepared) else None))
+            answer.set_result((each, rows[row] if rows is not None and _has_input(each) else None))
 
 
 def _fail(batch: _Batch, error: Exception) -> None:

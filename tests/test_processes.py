@@ -56,7 +56,9 @@ def test_every_item_is_prepared_in_the_slot_it_was_given(tmp_path, slots):
     paths = write_ct(tmp_path, random_hu(slices=12))
     paths[4].write_bytes(paths[4].read_bytes()[:-100])
     with opened(2, PREPARE, slots, 20.0) as processes:
-        said = [each.result() for each in [processes.submit(path, slot) for slot, path in enumerate(paths)]]
+        work = [(path, slot) for slot, path in enumerate(paths)]
+        shares = [processes.submit(work[first : first + 3]) for first in range(0, 12, 3)]
+        said = [answer for share in shares for answer in share.result()]
 
     expected = np.zeros((12, 2, 16, 16), np.float32)
     assert said == [PREPARE(path, out) for path, out in zip(paths, expected, strict=True)]
@@ -69,29 +71,30 @@ def test_a_process_killed_once_costs_nothing(tmp_path, slots):
     fuse = tmp_path / "fuse"
     fuse.write_bytes(b"1")
     with opened(1, kill_when_told, slots, 20.0) as processes:
-        assert processes.submit(str(fuse), 3).result() == "alive"
+        assert processes.submit([(str(fuse), 3)]).result() == ["alive"]
     assert slots.array()[3].min() == 7
 
 
-def test_an_item_that_takes_its_process_down_twice_is_set_aside_and_the_next_is_not(tmp_path, slots):
+def test_an_item_that_takes_its_process_down_twice_is_set_aside_and_its_neighbours_are_not(tmp_path, slots):
     fuse, harmless = tmp_path / "fuse", tmp_path / "harmless"
     fuse.write_bytes(b"123")
     harmless.touch()
     with opened(1, kill_when_told, slots, 20.0) as processes:
-        said = processes.submit(str(fuse), 0).result()
+        before, bad, after = processes.submit([(str(harmless), 0), (str(fuse), 1), (str(harmless), 2)]).result()
 
-        assert isinstance(said, SetAside)
-        assert (said.reason, fuse.read_bytes()) == (Reason.UNDECODABLE, b"3")
-        assert processes.submit(str(harmless), 0).result() == "alive"
+    assert isinstance(bad, SetAside)
+    assert (bad.reason, fuse.read_bytes()) == (Reason.UNDECODABLE, b"3")
+    assert (before, after) == ("alive", "alive")
+    assert [slot.max() for slot in slots.array()[:3]] == [7, 0, 7]
 
 
 def test_a_silent_process_is_killed(slots):
     before = children()
     with opened(1, sleep, slots, 0.5) as processes:
-        assert processes.submit(0.0, 0).result() == "awake"
+        assert processes.submit([(0.0, 0)]).result() == ["awake"]
         (first,) = children() - before
 
-        said = processes.submit(60.0, 0).result()
+        (said,) = processes.submit([(60.0, 0)]).result()
 
         assert isinstance(said, SetAside)
         assert "silent for 0 s" in said.detail or "silent for 1 s" in said.detail
@@ -99,12 +102,15 @@ def test_a_silent_process_is_killed(slots):
     assert children() == before
 
 
-def test_a_file_that_cannot_be_read_raises_and_the_process_lives_on(tmp_path, slots):
+def test_a_file_that_cannot_be_read_is_an_error_and_the_process_lives_on(tmp_path, slots):
     with opened(1, PREPARE, slots, 20.0) as processes:
-        with pytest.raises(FileNotFoundError):
-            processes.submit(tmp_path / "missing.dcm", 0).result()
-        before = children()
-        assert processes.submit(write_slice(tmp_path), 0).result().rows == 32
+        work = [(tmp_path / "missing.dcm", 0), (write_slice(tmp_path), 1)]
+        (error, said), before = processes.submit(work).result(), children()
+        processes.submit(work).result()
+
+        assert isinstance(error, FileNotFoundError)
+        assert str(tmp_path) not in str(error)
+        assert said.rows == 32
         assert children() == before
 
 
@@ -118,7 +124,7 @@ from models.ct.windows import LUNG
 
 if __name__ == "__main__":
     processes = Processes(1, partial(prepare_slice, windows=(LUNG,), size=16), Slots(1, (1, 16, 16)), 20.0)
-    processes.submit(Path(sys.argv[1]), 0).result()
+    processes.submit([(Path(sys.argv[1]), 0)]).result()
     Path(sys.argv[2]).write_text(str(multiprocessing.active_children()[0].pid))
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -1,8 +1,10 @@
+import importlib.util
 import math
 import sys
 
 import pytest
 import torch
+from conftest import missing
 from torch import nn
 from torch.nn import functional
 
@@ -24,7 +26,11 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def open_clip():
-    return pytest.importorskip("open_clip", reason="pip install keyslice[biomedclip]")
+    if not importlib.util.find_spec("open_clip"):
+        missing("the extra `biomedclip` is not installed")
+    import open_clip
+
+    return open_clip
 
 
 def with_random_weights(network, seed=0):

@@ -5,7 +5,7 @@ import math
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -49,30 +49,39 @@ class Processes:
         self._own = threading.local()
         self._every: list[_Process] = []
 
-    def submit(self, item: Any, slot: int) -> Future[Any]:
-        """What prepare(item, slots[slot]) answers, or raises; a SetAside where it takes down whoever tries it."""
-        return self._threads.submit(self._ask, item, slot)
+    def submit(self, work: Sequence[tuple[Any, int]]) -> Future[list[Any]]:
+        """For each (item, slot), what prepare(item, slots[slot]) answers, or the error it raises.
+
+        One process takes all of the work, and needs nobody until it is done: the interpreter of its parent may be
+        busy meanwhile. An item that takes down every process that tries it is set aside.
+        """
+        return self._threads.submit(self._ask, work)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         for process in self._every:
             process.kill()
 
-    def _ask(self, item: Any, slot: int) -> Any:
-        for _ in range(ATTEMPTS):
+    def _ask(self, work: Sequence[tuple[Any, int]]) -> list[Any]:
+        answers: list[Any] = []
+        deaths = 0  # at the item that is next
+        while len(answers) < len(work):
             process = getattr(self._own, "process", None) or self._start()
             try:
-                answer = process.ask(item, slot, self._silent_seconds)
+                process.send(work[len(answers) :])
+                while len(answers) < len(work):
+                    answers.append(process.receive(self._silent_seconds))
+                    deaths = 0
             except (EOFError, OSError):
                 process.kill()
                 self._every.remove(process)
                 self._own.process = None
-                continue
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-        detail = f"its decoder died or was silent for {self._silent_seconds:.0f} s, {ATTEMPTS} times"
-        return SetAside(Reason.UNDECODABLE, detail)
+                deaths += 1
+                if deaths == ATTEMPTS:
+                    detail = f"its decoder died or was silent for {self._silent_seconds:.0f} s, {ATTEMPTS} times"
+                    answers.append(SetAside(Reason.UNDECODABLE, detail))
+                    deaths = 0
+        return answers
 
     def _start(self) -> "_Process":
         self._own.process = _Process(self._prepare, self._slots)
@@ -91,15 +100,14 @@ class _Process:
         theirs.close()  # so that its death closes the pipe
         self._awake = False
 
-    def ask(self, item: Any, slot: int, silent_seconds: float) -> Any:
-        """The answer, an exception included. Raises EOFError or OSError where the process is gone or silent."""
+    def send(self, work: Sequence[tuple[Any, int]]) -> None:
         if not self._awake:
-            self._receive(START_SECONDS)
+            self.receive(START_SECONDS)
             self._awake = True
-        self._pipe.send((item, slot))
-        return self._receive(silent_seconds)
+        self._pipe.send(work)
 
-    def _receive(self, seconds: float) -> Any:
+    def receive(self, seconds: float) -> Any:
+        """The next answer. Raises EOFError or OSError where the process is gone or silent."""
         if not self._pipe.poll(seconds):
             raise TimeoutError
         return self._pipe.recv()
@@ -117,14 +125,17 @@ def _serve(pipe: Connection, prepare: Prepare, memory: Any, shape: tuple[int, ..
     slots = np.frombuffer(memory, np.float32).reshape(shape)
     pipe.send("awake")
     while True:
-        item, slot = pipe.recv()
-        try:
-            answer = prepare(item, slots[slot])
-        except OSError as error:  # a disk that was away; worth another try
-            answer = OSError(error.errno, os.strerror(error.errno or 0))
-        except Exception as error:  # the message may hold what the file held
-            answer = RuntimeError(f"{type(error).__name__} while preparing")
-        pipe.send(answer)
+        for item, slot in pipe.recv():
+            pipe.send(_answer(prepare, item, slots[slot]))
+
+
+def _answer(prepare: Prepare, item: Any, out: NDArray[np.float32]) -> Any:
+    try:
+        return prepare(item, out)
+    except OSError as error:  # a disk that was away; worth another try
+        return OSError(error.errno, os.strerror(error.errno or 0))
+    except Exception as error:  # the message may hold what the file held
+        return RuntimeError(f"{type(error).__name__} while preparing")
 
 
 def _end_with_parent() -> None:
