@@ -132,6 +132,9 @@ class Line:
             else:
                 if batch is None:
                     return
+            if running and not (batch and all(share.done() for share in batch.prepared)):
+                running()  # nothing to start yet, so nobody need wait for these answers
+                running = None
             following = self._begin(batch) if batch else None
             if running:
                 running()
@@ -139,6 +142,7 @@ class Line:
 
     def _begin(self, batch: _Batch) -> Callable[[], None]:
         """Run the encoder over a batch once it is prepared; what comes back hands out its answers."""
+        wait(batch.prepared)  # all of them, lest one still writes to the batch when it is another's
         try:
             said = [answer for share in batch.prepared for answer in share.result()]
             embeddings: Callable[[], NDArray[np.float32]] | None = None

@@ -4,6 +4,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ class Encoder:
         flat = spec.kind == "slice2d"
         network = network.to(memory_format=torch.channels_last if flat else torch.channels_last_3d)  # type: ignore[call-overload]
         self.network = Embedding(network, spec.mean, spec.std, axes=2 if flat else 3).eval().to(self.device)
-        self._compiled = compiled / f"{spec.name}-{weights_sha256[:12]}"
+        self._compiled = compiled / f"{spec.name}-{self.fingerprint[:12]}-{version('keyslice')}"
         self._at_once = self.batch  # less after the device has run out of memory
         self._run = self._start()
 
@@ -123,7 +124,7 @@ class Encoder:
         windows, *picture = self.spec.input_shape
         example = torch.rand(self._at_once * windows, 1, *picture, device=self.device)
         shape = "x".join(map(str, example.shape))
-        keep_as = self._compiled.with_name(f"{self._compiled.name}-{self.spec.precision}-{shape}")
+        keep_as = self._compiled.with_name(f"{self._compiled.name}-{shape}")
         return start(self.spec.runtime, self.spec.precision, self.network, example, keep_as)
 
 

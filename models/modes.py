@@ -1,6 +1,7 @@
 """How an encoder is run: the ways each mode allows, and the one that was measured best here."""
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Literal
 from models.specs import EncoderSpec, Precision, Runtime, encoder_id
 
 Mode = Literal["exact", "fast", "bulk"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,5 +90,9 @@ def record_path(weights_dir: Path) -> Path:
 
 @lru_cache(maxsize=4)
 def _read(path: Path, _mtime_ns: int, _size: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        log.warning("%s is no JSON; encoders run plainly until they are calibrated again", path.name)
+        return {}
     return found

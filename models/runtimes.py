@@ -45,12 +45,18 @@ def start(runtime: Runtime, precision: Precision, network: nn.Module, example: T
                 run = _eager(network)
             case "torch-onednn":
                 run = _eager(with_packed_linears(network))
-            case "onnxruntime":
-                return _onnxruntime(network, example, keep_as.with_name(f"{keep_as.name}.onnx"))
             case "inductor":
                 run = _inductor(network, example.to(dtype), keep_as.with_name(f"{keep_as.name}-{_machine()}.pt2"))
-    except Exception as error:  # exporters, compilers and loaders each raise their own
-        raise CannotRun(f"{runtime} {precision}: {type(error).__name__}: {str(error).splitlines()[0][:200]}") from error
+            case "onnxruntime":
+                run = _onnxruntime(network, example, keep_as.with_name(f"{keep_as.name}-torch-{version('torch')}.onnx"))
+        if runtime != "torch-eager" or precision != "fp32":  # which any machine can run
+            with torch.inference_mode():
+                run(example.to(dtype))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # exporters, compilers, loaders and kernels each raise their own
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise CannotRun(f"{runtime} {precision}: {type(error).__name__}: {reason}") from error
     return lambda images: run(images.to(dtype)).float()
 
 
@@ -128,6 +134,9 @@ def _inductor(network: nn.Module, example: Tensor, package: Path) -> Run:
 @contextmanager
 def _made_once(target: Path) -> Iterator[Path | None]:
     """Where to write what `target` shall hold, or None where it is there already. Of several processes one writes."""
+    if target.exists():
+        yield None
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.exists():
@@ -136,6 +145,8 @@ def _made_once(target: Path) -> Iterator[Path | None]:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
             made = Path(folder) / target.name
             yield made
+            if [path.name for path in Path(folder).iterdir()] != [target.name]:
+                raise CannotRun(f"{target.name} would be several files")  # weights of gigabytes beside their graph
             made.replace(target)
 
 

@@ -85,8 +85,9 @@ class EncoderSpec:
         return (len(self.windows), self.input_size, self.input_size)
 
     def fingerprint(self, weights_sha256: str) -> str:
-        """SHA-256 over everything that decides what an embedding is."""
+        """SHA-256 over everything that decides what an embedding is; a licence does not."""
         facts = {**asdict(self), "weights": weights_sha256}
+        del facts["licence"], facts["commercial_use"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -157,11 +158,13 @@ def _joined(shards: list[Path], target: Path) -> Path:
     """The shards as one file, written once."""
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            for shard in shards:
-                with shard.open("rb") as part:
-                    shutil.copyfileobj(part, file)
-        Path(file.name).replace(target)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".") as folder:
+            whole = Path(folder) / target.name
+            with whole.open("wb") as file:
+                for shard in shards:
+                    with shard.open("rb") as part:
+                        shutil.copyfileobj(part, file)
+            whole.replace(target)
     return target
 
 

@@ -107,7 +107,7 @@ def calibrate(
     mode: Annotated[Mode | None, typer.Option(help="exact, fast or bulk; KEYSLICE_MODE's if none")] = None,
     again: Annotated[bool, typer.Option("--again", help="measure even what was measured before")] = False,
 ) -> None:
-    """Measure which way of running an encoder is fastest on this machine, and use it from the next start on."""
+    """Measure which way of running an encoder is fastest on this machine, and use it from now on."""
     from models.calibrate import calibrate as measure
 
     settings, spec = _permitted(name)
@@ -123,13 +123,14 @@ def verify(name: Annotated[str | None, typer.Argument(help="an encoder; the serv
     import numpy as np
 
     from models.load import canary, load_encoder
+    from models.runtimes import CannotRun
     from service.storage.stores import open_stores
 
     settings, spec = _permitted(name)
     stores = open_stores(settings)
     try:
         encoder = load_encoder(in_mode(spec, settings.mode, settings.weights_path), settings.weights_path)
-    except (MissingWeights, WrongWeights) as error:
+    except (MissingWeights, WrongWeights, CannotRun) as error:
         _fail(str(error))
     reference, embedding = stores.canaries.reference(encoder.id), encoder.encode(canary(encoder.spec))
     cosine = stores.canaries.record(encoder.id, embedding)

@@ -102,7 +102,7 @@ def up(settings: Settings) -> None:
             tempfile.TemporaryDirectory(prefix="keyslice-") as run_dir,
         ):
             shutil.rmtree(settings.staging_dir, ignore_errors=True)  # uploads that a dead API left behind
-            _calibrate(data_dir)
+            _calibrate(settings, data_dir)
             _supervise(_children(settings, data_dir, Path(run_dir)), f"http://{settings.host}:{settings.port}")
     except Timeout as error:
         raise CannotStart(f"another keyslice is up on {data_dir}") from error
@@ -164,6 +164,7 @@ def _children(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:
     """In the order of their start; they stop in the other order."""
     environment = os.environ | {
         "KEYSLICE_DATA_DIR": str(data_dir),
+        "KEYSLICE_WEIGHTS_DIR": str(settings.weights_path.resolve()),
         "KEYSLICE_HOST": settings.host,
         "KEYSLICE_PORT": str(settings.port),
     }
@@ -191,10 +192,11 @@ def _valkey(folder: Path, socket_path: Path) -> list[str]:
     return [str(get_binary_path()), *flat]
 
 
-def _calibrate(data_dir: Path) -> None:
+def _calibrate(settings: Settings, data_dir: Path) -> None:
     """Before the first start on this machine: which way of running the encoder is fastest decides its id."""
     command = [sys.executable, "-P", "-m", "service.cli", "encoders", "calibrate"]
-    variables = os.environ | {"KEYSLICE_DATA_DIR": str(data_dir)}
+    weights_dir = str(settings.weights_path.resolve())
+    variables = os.environ | {"KEYSLICE_DATA_DIR": str(data_dir), "KEYSLICE_WEIGHTS_DIR": weights_dir}
     if subprocess.run(command, env=variables, preexec_fn=_die_with_parent, check=False).returncode:
         log.warning("the encoder was not calibrated; it runs plainly where it runs at all")
 

@@ -244,3 +244,10 @@ def test_real_jpeg_2000_slices_of_a_siemens_scanner_hold_plausible_hu(data, numb
     assert hu.shape == (512, 512)
     assert hu.min() == -1024  # the air outside the patient
     assert 200 < hu.max() <= 3071  # contrast or bone
+
+
+def test_a_rescale_that_overflows_makes_the_slice_undecodable(tmp_path):
+    path = write_slice(tmp_path, lambda dataset: setattr(dataset, "RescaleSlope", "1e300"))
+
+    with pytest.raises(UndecodableSlice, match="not finite"):
+        read_hu(path)

@@ -114,6 +114,16 @@ def test_a_file_that_cannot_be_read_is_an_error_and_the_process_lives_on(tmp_pat
         assert children() == before
 
 
+def never(item: str, out: np.ndarray) -> str:
+    raise AssertionError("never reached")
+
+
+def test_that_no_process_starts_is_no_items_fault(slots, monkeypatch):
+    monkeypatch.setattr("models.ct.processes._serve", print)  # a process that ends at once
+    with opened(1, never, slots, 20.0) as processes, pytest.raises(OSError, match="no decoding process"):
+        processes.submit([("item", 0)]).result()
+
+
 ORPHAN = """
 import multiprocessing, os, signal, sys
 from functools import partial

@@ -249,3 +249,10 @@ def test_a_real_chest_ct_is_read_whole_and_feet_to_head(lidc_0001):
     assert [each.path for each in series.slices] == by_height
     assert series.spacing_mm == 2.5
     assert series.verdict() == Verdict(Status.ACCEPTED, ())
+
+
+def test_an_acquisition_number_that_is_no_number_sets_nothing_aside(tmp_path):
+    paths = write_ct(tmp_path, change=changed(3, AcquisitionNumber="8765"))
+    paths[3].write_bytes(paths[3].read_bytes().replace(b"8765", b"inf "))
+
+    assert len(read_series(paths).slices) == 6

@@ -30,8 +30,9 @@ def test_applying_a_window_leaves_the_hu_as_they_were():
     assert hu.tolist() == [[-2000.0, 40.0, 2000.0]]
 
 
-def test_the_windows_are_those_of_the_paper_under_their_own_names():
+def test_the_windows_are_those_of_the_paper_and_of_volumes_under_their_own_names():
     assert {name: (window.name, window.low, window.high) for name, window in WINDOWS.items()} == {
         "abdomen": ("abdomen", -175.0, 275.0),
         "lung": ("lung", -1500.0, 500.0),
+        "wide": ("wide", -1000.0, 1000.0),
     }

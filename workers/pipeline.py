@@ -49,11 +49,18 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
     """Read, window, encode and store one series; True where that made a new bag. Twice changes nothing."""
     key = EmbeddingKey(series_uid, encoder_id)
     catalog = worker.stores.catalog
-    if not catalog.claim(key, worker.holder, worker.settings.stale_seconds, worker.settings.max_attempts):
+    claim = partial(catalog.claim, key, worker.holder, worker.settings.stale_seconds, worker.settings.max_attempts)
+    try:
+        line = worker.line(encoder_id)  # before the claim: it may take longer than a worker may be silent
+    except (MissingWeights, WrongWeights, CannotRun, LicenceForbids) as error:
+        if claim():
+            catalog.fail(key, "failed", str(error))
+        return False
+    if not claim():
         return False
     try:
-        return _embed(key, worker)
-    except (MissingWeights, WrongWeights, CannotRun, LicenceForbids, NotFinite) as error:
+        return _embed(key, line, worker)
+    except NotFinite as error:
         catalog.fail(key, "failed", str(error))
     except (OSError, OperationalError) as error:
         log.warning("series %s: %s, to be tried again", series_uid, type(error).__name__)
@@ -66,9 +73,8 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
     return False
 
 
-def _embed(key: EmbeddingKey, worker: Resources) -> bool:
+def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     stores, started, clock = worker.stores, now(), time.perf_counter()
-    line = worker.line(key.encoder_id)
     files = stores.archive.files(key.series_uid)
     content = content_of([path.name for path in files])
     progress = _throttled(lambda done: stores.catalog.progress(key, done, len(files)))
@@ -94,19 +100,25 @@ def _embed(key: EmbeddingKey, worker: Resources) -> bool:
 
 def index_bags(worker: Resources) -> None:
     """Bring the index up to what is embedded. One worker does it for all; the others go on."""
+    leases = worker.stores.leases
+    try:
+        while leases.take("index", worker.holder, INDEX_LEASE_SECONDS) and _index_some(worker):
+            pass
+    finally:
+        leases.release("index", worker.holder)
+
+
+def _index_some(worker: Resources) -> bool:
+    """One commit per encoder of what waits; False where nothing did."""
     stores = worker.stores
-    while stores.leases.take("index", worker.holder, INDEX_LEASE_SECONDS):
-        pending = stores.catalog.not_indexed(limit=INDEX_BAGS_PER_COMMIT)
-        if not pending:
-            stores.leases.release("index", worker.holder)
-            return
-        by_encoder: dict[str, list[tuple[EmbeddingKey, str]]] = defaultdict(list)
-        for key, content in pending:
-            by_encoder[key.encoder_id].append((key, content))
-        for encoder_id, group in by_encoder.items():
-            stores.index.replace(encoder_id, [_slice_rows(key, content, worker) for key, content in group])
-            stores.catalog.indexed(group)
-            stores.index.tidy(encoder_id)
+    by_encoder: dict[str, list[tuple[EmbeddingKey, str]]] = defaultdict(list)
+    for key, content in stores.catalog.not_indexed(limit=INDEX_BAGS_PER_COMMIT):
+        by_encoder[key.encoder_id].append((key, content))
+    for encoder_id, group in by_encoder.items():
+        stores.index.replace(encoder_id, [_slice_rows(key, content, worker) for key, content in group])
+        stores.catalog.indexed(group)
+        stores.index.tidy(encoder_id)
+    return bool(by_encoder)
 
 
 def train_head(head_id: str, worker: Resources) -> None:

@@ -37,17 +37,18 @@ class Resources:
 
     def line(self, encoder_id: str) -> Line:
         """The encoder of this id, loaded. Raises MissingWeights, WrongWeights, CannotRun or LicenceForbids."""
-        with self._loading:
-            if encoder_id not in self._lines:
-                self._lines[encoder_id] = self._open(self.spec(encoder_id))
-            return self._lines[encoder_id]
+        if encoder_id not in self._lines:
+            with self._loading:
+                if encoder_id not in self._lines:
+                    self._lines[encoder_id] = self._open(self.spec(encoder_id))
+        return self._lines[encoder_id]
 
     def spec(self, encoder_id: str) -> EncoderSpec:
         """The spec, and the way of running it, that has this id here."""
-        plain = ENCODERS[encoder_id.partition("@")[0]]
-        spec = by_id(plain, encoder_id, self.settings.weights_path)
+        plain = ENCODERS.get(encoder_id.partition("@")[0])
+        spec = plain and by_id(plain, encoder_id, self.settings.weights_path)
         if spec is None:
-            raise WrongWeights(f"this worker's {plain.name} is another, expected {encoder_id}")
+            raise WrongWeights(f"this worker has no such encoder, or another, expected {encoder_id}")
         return spec
 
     def own_encoder_id(self) -> str:
@@ -62,7 +63,8 @@ class Resources:
 
     def _open(self, spec: EncoderSpec) -> Line:
         check_licence(spec, self.settings.noncommercial)
-        encoder = load_encoder(spec, self.settings.weights_path)
+        with self.training:  # a new network draws its first weights from the same random numbers
+            encoder = load_encoder(spec, self.settings.weights_path)
         volume, (window, *_) = spec.volume, spec.windows
         if volume:
             prepare: Prepare = partial(

@@ -80,8 +80,11 @@ def _hu(dataset: FileDataset) -> NDArray[np.float32]:
     if pixels.shape != (dataset.Rows, dataset.Columns):
         raise UndecodableSlice(f"decoded to {pixels.shape}, expected ({dataset.Rows}, {dataset.Columns})")
     hu = pixels.astype(np.float32)
-    hu *= np.float32(dataset.get("RescaleSlope", 1.0) or 1.0)
-    hu += np.float32(dataset.get("RescaleIntercept", 0.0) or 0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        hu *= np.float32(dataset.get("RescaleSlope", 1.0) or 1.0)
+        hu += np.float32(dataset.get("RescaleIntercept", 0.0) or 0.0)
+    if not np.isfinite(hu.min() + hu.max()):
+        raise UndecodableSlice("RescaleSlope or RescaleIntercept makes HU that are not finite")
     return hu
 
 

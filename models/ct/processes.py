@@ -1,6 +1,7 @@
 """Processes that prepare encoder input, each writing to memory that it shares with the encoder's process."""
 
 import ctypes
+import errno
 import math
 import multiprocessing
 import os
@@ -73,9 +74,7 @@ class Processes:
                     answers.append(process.receive(self._silent_seconds))
                     deaths = 0
             except (EOFError, OSError):
-                process.kill()
-                self._every.remove(process)
-                self._own.process = None
+                self._end(process)
                 deaths += 1
                 if deaths == ATTEMPTS:
                     detail = f"its decoder died or was silent for {self._silent_seconds:.0f} s, {ATTEMPTS} times"
@@ -84,10 +83,21 @@ class Processes:
         return answers
 
     def _start(self) -> "_Process":
-        self._own.process = _Process(self._prepare, self._slots)
-        self._every.append(self._own.process)
-        started: _Process = self._own.process
-        return started
+        """This thread's process, ready for work. Raises OSError: that it does not start is no item's fault."""
+        process = _Process(self._prepare, self._slots)
+        self._every.append(process)
+        try:
+            process.receive(START_SECONDS)
+        except (EOFError, OSError) as error:
+            self._end(process)
+            raise OSError(errno.EAGAIN, "no decoding process starts") from error
+        self._own.process = process
+        return process
+
+    def _end(self, process: "_Process") -> None:
+        process.kill()
+        self._every.remove(process)
+        self._own.process = None
 
 
 class _Process:
@@ -98,12 +108,8 @@ class _Process:
         )
         self._process.start()
         theirs.close()  # so that its death closes the pipe
-        self._awake = False
 
     def send(self, work: Sequence[tuple[Any, int]]) -> None:
-        if not self._awake:
-            self.receive(START_SECONDS)
-            self._awake = True
         self._pipe.send(work)
 
     def receive(self, seconds: float) -> Any:

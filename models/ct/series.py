@@ -176,8 +176,8 @@ def slice_of(path: Path, header: FileDataset) -> CTSlice:
         slope=None if slope is None else float(slope[0]),
         intercept=None if intercept is None else float(intercept[0]),
         kernel="/".join(texts(header, "ConvolutionKernel")),
-        acquisition=_integer(header.get("AcquisitionNumber")),
-        instance=_integer(header.get("InstanceNumber")),
+        acquisition=_integer(header, "AcquisitionNumber"),
+        instance=_integer(header, "InstanceNumber"),
         decoder=DECODERS[header.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)],
         lossy=str(header.get("LossyImageCompression", "")) == "01",
     )
@@ -203,9 +203,9 @@ def _order(slices: Sequence[CTSlice]) -> tuple[list[CTSlice], list[tuple[str, Se
     return ordered, dropped
 
 
-def _integer(value: Any) -> int:
+def _integer(header: FileDataset, keyword: str) -> int:
     """An integer string, or 0 where the header holds none: it only breaks ties."""
     try:
-        return int(value)
-    except (TypeError, ValueError):
+        return int(header.get(keyword))
+    except (TypeError, ValueError, OverflowError):
         return 0
