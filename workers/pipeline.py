@@ -88,7 +88,8 @@ def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     if not series.slices:
         stores.catalog.fail(key, "rejected", f"none of {len(files)} files is a slice that decodes", verdict)
         return False
-    bag = embeddings.astype(np.float16)  # (slices, windows, dim)
+    with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinity, and is refused
+        bag = embeddings.astype(np.float16)  # (slices, windows, dim)
     if bad := int((~np.isfinite(bag)).any(axis=(1, 2)).sum()):
         raise NotFinite(f"{bad} of {len(bag)} instances embed to NaN or infinity")
     times = {"started_at": started.isoformat(), "seconds": round(time.perf_counter() - clock, 3)}
