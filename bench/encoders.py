@@ -22,7 +22,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.calibrate import CLEARLY, lowest_cosine, sample
+from models.calibrate import fastest, lowest_cosine, sample
 from models.load import Encoder, load_encoder, load_network
 from models.modes import COSINE, EAGER, Mode, Way, run_as, ways
 from models.runtimes import CannotRun
@@ -199,13 +199,9 @@ def report(
 
 
 def best(spec: EncoderSpec, mode: Mode, measured: dict[Way, Measured]) -> Way:
-    """As models/calibrate.py chooses."""
-    found = EAGER
-    for way in ways(spec, mode):
-        exact_enough = way in measured and measured[way].cosine >= COSINE[mode]
-        if exact_enough and measured[way].images_per_s > CLEARLY * measured[found].images_per_s:
-            found = way
-    return found
+    """As `keyslice encoders calibrate` chooses."""
+    exact_enough = [way for way in ways(spec, mode) if way in measured and measured[way].cosine >= COSINE[mode]]
+    return fastest({way: measured[way].images_per_s for way in exact_enough})
 
 
 if __name__ == "__main__":
