@@ -139,12 +139,19 @@ def load_network(spec: EncoderSpec, weights_dir: Path) -> nn.Module:
     """The bare network with its weights, in eval mode, without gradients."""
     family = importlib.import_module(f"models.encoders.{spec.family}")
     network: nn.Module = family.build(spec.network)
-    state = family.adapt(read_checkpoint(locate_weights(spec, weights_dir)), network)
+    state = read_checkpoint(locate_weights(spec, weights_dir))
+    # What was saved from this very network, as exports are and as a package's file may be, has our names already.
+    if spec.weights.source != "export" and _shapes(state) != _shapes(network.state_dict()):
+        state = family.adapt(state, network)
     try:
         network.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise WrongWeights(f"{spec.name}: {error}") from error
     return network.eval().requires_grad_(False)
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def canary(spec: EncoderSpec) -> NDArray[np.float32]:

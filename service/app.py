@@ -18,7 +18,20 @@ from starlette.requests import ClientDisconnect
 from service import errors
 from service.deps import EncoderNames, cached_heads
 from service.queue import Queue
-from service.routes import embeddings, encoders, heads, health, jobs, page, predictions, search, series
+from service.routes import (
+    dicom,
+    embeddings,
+    encoders,
+    explanations,
+    heads,
+    health,
+    jobs,
+    page,
+    predictions,
+    reports,
+    search,
+    series,
+)
 from service.schemas import Problem
 from service.settings import Settings
 from service.storage.stores import open_stores
@@ -28,9 +41,12 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.LicenceNotAccepted: 403,
+    errors.PeerNotAllowed: 403,
+    errors.PeerFailed: 502,
     errors.UploadTooLarge: 413,
     errors.BadRequest: 422,
     errors.BrokerDown: 503,
+    errors.WorkersBusy: 503,
 }
 
 PROBLEM = "application/problem+json"
@@ -78,7 +94,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "4XX": {"description": "What was found and what was expected", "content": {PROBLEM: PROBLEM_CONTENT}}
         },
     )
-    for router in (series, embeddings, predictions, search, heads, jobs, encoders, health, page):
+    mounted = series, embeddings, predictions, explanations, dicom, search, heads, reports, jobs, encoders, health, page
+    for router in mounted:
         app.include_router(router.router)
     app.add_exception_handler(errors.KeysliceError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)

@@ -3,21 +3,23 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from models.heads.options import Baseline, HeadOptions, Network, Protocol, Task
 from models.modes import COSINE, Mode, in_mode
 from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence
-from models.zoo import ENCODERS
+from models.zoo import encoders as all_encoders
 from service.settings import Settings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=True, help="An embedding feature store for CT. Research use only."
 )
+_HEAD = HeadOptions()
 encoders = typer.Typer(help="List encoders, measure how to run them, verify them.")
 app.add_typer(encoders, name="encoders")
 
@@ -68,6 +70,83 @@ def fetch(
         typer.echo(fetch_weights(spec, revision, settings.weights_path))
     except CannotFetch as error:
         _fail(str(error))
+
+
+@app.command(epilog="Example: keyslice pretrain --config run.toml --max-minutes 30")
+def pretrain(
+    config: Annotated[Path, typer.Option(help="the run as TOML; see docs/pretraining.md")],
+    output: Annotated[Path | None, typer.Option(help="folder of checkpoints and metrics; the file's if none")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="discard the folder's checkpoints, or go on from the last")
+    ] = False,
+    max_minutes: Annotated[float | None, typer.Option(min=0, help="end after so long, with a checkpoint")] = None,
+    export: Annotated[str | None, typer.Option(help="export under this name, however far the run came")] = None,
+) -> None:
+    """Pretrain an encoder, in as many pieces as it takes; at the end the service knows it.
+
+    Ctrl-C ends the run after the step it is in, and the same command goes on from there.
+    Several GPUs: torchrun --nproc-per-node 8 -m service.cli pretrain --config run.toml
+    """
+    from models.lecl.config import BadConfig, read_config
+
+    logging.basicConfig(level=logging.INFO, format="keyslice: %(message)s")
+    try:
+        wanted = read_config(config)
+    except BadConfig as error:
+        _fail(str(error))
+    settings, base = _encoder(wanted.encoder.base)
+    if wanted.encoder.start == "pretrained":
+        _permitted(base.name)
+    from models.lecl.train import ERRORS
+    from models.lecl.train import pretrain as run
+
+    try:
+        run(
+            wanted.writing_to(output) if output else wanted,
+            settings.weights_path,
+            fresh=fresh,
+            max_seconds=None if max_minutes is None else max_minutes * 60,
+            export=export,
+            command=f"keyslice pretrain --config {config}",
+        )
+    except ERRORS as error:
+        _fail(str(error))
+
+
+@app.command(epilog="Example: keyslice train labels.csv --protocol nested --baseline mean --output head.json")
+def train(
+    labels: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="the labels table; see docs/heads.md")],
+    encoder: Annotated[str | None, typer.Option(help="name or id; the service's own if none")] = None,
+    task: Annotated[Task, typer.Option()] = _HEAD.task,
+    network: Annotated[Network, typer.Option()] = _HEAD.network,
+    protocol: Annotated[Protocol, typer.Option(help="of a table without a split column")] = _HEAD.protocol,
+    folds: Annotated[int, typer.Option()] = _HEAD.folds,
+    inner_folds: Annotated[int, typer.Option(help="of nested")] = _HEAD.inner_folds,
+    epochs: Annotated[int, typer.Option()] = _HEAD.epochs,
+    patience: Annotated[int, typer.Option(help="epochs without improvement")] = _HEAD.patience,
+    batch_size: Annotated[int, typer.Option(help="bags")] = _HEAD.batch_size,
+    learning_rate: Annotated[float, typer.Option()] = _HEAD.learning_rate,
+    weight_decay: Annotated[float, typer.Option()] = _HEAD.weight_decay,
+    dropout: Annotated[float, typer.Option()] = _HEAD.dropout,
+    hidden: Annotated[int, typer.Option(help="size of an instance behind the first layer")] = _HEAD.hidden,
+    attention: Annotated[int, typer.Option(help="size of the attention's hidden layer")] = _HEAD.attention,
+    temperature_scaling: Annotated[bool, typer.Option()] = _HEAD.temperature_scaling,
+    specificity: Annotated[float, typer.Option(help="at which sensitivity is told")] = _HEAD.specificity,
+    baselines: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--baseline", help=f"train this beside it, one of {', '.join(get_args(Baseline))}; may be repeated"
+        ),
+    ] = None,
+    permutations: Annotated[int | None, typer.Option(help="trainings on shuffled labels")] = None,
+    splits_of: Annotated[str | None, typer.Option(help="a head whose splits are used again")] = None,
+    seed: Annotated[int, typer.Option()] = _HEAD.seed,
+    service: Annotated[str | None, typer.Option(help="its address; that of the settings if none")] = None,
+    output: Annotated[Path | None, typer.Option(help="write the head with its report as JSON")] = None,
+) -> None:
+    """Train a head on a labels table, by the running service; show its figures."""
+    options = {name: value for name, value in locals().items() if name not in ("labels", "service", "output")}
+    _train(labels, options, service, output)
 
 
 @encoders.callback(invoke_without_command=True, epilog="Example: keyslice encoders --json")
@@ -143,12 +222,30 @@ def verify(name: Annotated[str | None, typer.Argument(help="an encoder; the serv
         _fail(f"expected a cosine of {COSINE[settings.mode]} or more", status=1)
 
 
+def _train(labels: Path, options: dict[str, Any], service: str | None, output: Path | None) -> None:
+    import httpx
+
+    from service.training import TrainingFailed, show, write
+    from service.training import train as run
+
+    settings, console = _settings(), Console(width=None if sys.stdout.isatty() else 200)
+    with httpx.Client(base_url=service or f"http://{settings.host}:{settings.port}") as http:
+        try:
+            head = run(http, labels, options, console)
+        except TrainingFailed as error:
+            _fail(str(error), status=1)
+    show(head, console)
+    if output:
+        write(head, output)
+
+
 def _encoder(name: str | None) -> tuple[Settings, EncoderSpec]:
     settings = _settings()
     asked = name or settings.encoder
-    if asked not in ENCODERS:
-        _fail(f"no encoder {asked!r}, expected one of {', '.join(ENCODERS)}")
-    return settings, ENCODERS[asked]
+    known = all_encoders(settings.weights_path)
+    if asked not in known:
+        _fail(f"no encoder {asked!r}, expected one of {', '.join(known)}")
+    return settings, known[asked]
 
 
 def _permitted(name: str | None) -> tuple[Settings, EncoderSpec]:

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from models.heads.run import HeadRunner
+from models.heads.run import HeadRunner, OtherGraph
 from models.modes import by_id, in_mode
 from models.specs import EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence, encoder_id
-from models.zoo import ENCODERS
-from service.errors import EncoderNotFound, LicenceNotAccepted, OtherEncoder, WeightsNotHere
+from models.zoo import encoders as all_encoders
+from service.errors import EncoderNotFound, HeadNotReady, LicenceNotAccepted, OtherEncoder, WeightsNotHere
 from service.queue import Queue
 from service.settings import Settings
 from service.storage.stores import Stores
@@ -24,15 +24,20 @@ class EncoderNames:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
+    def known(self) -> dict[str, EncoderSpec]:
+        """Every encoder by name, eager in fp32; one exported a moment ago too."""
+        return all_encoders(self._settings.weights_path)
+
     def spec(self, name: str | None) -> EncoderSpec:
         """By name or id, run as the service's mode says; the service's own for None. Raises EncoderNotFound."""
         asked = (name or self._settings.encoder).partition("@")[0]
-        if asked not in ENCODERS:
-            raise EncoderNotFound(f"no encoder {asked!r}, expected one of {', '.join(ENCODERS)}")
+        known = self.known()
+        if asked not in known:
+            raise EncoderNotFound(f"no encoder {asked!r}, expected one of {', '.join(known)}")
         try:
-            return in_mode(ENCODERS[asked], self._settings.mode, self._settings.weights_path)
+            return in_mode(known[asked], self._settings.mode, self._settings.weights_path)
         except (MissingWeights, WrongWeights):
-            return ENCODERS[asked]
+            return known[asked]
 
     def present_id(self, spec: EncoderSpec) -> str:
         """The spec's id with the weights that are here. Raises WeightsNotHere."""
@@ -50,7 +55,7 @@ class EncoderNames:
             raise LicenceNotAccepted(str(error)) from error
         present = self.present_id(spec)
         if name and "@" in name and name != present:
-            if by_id(ENCODERS[spec.name], name, self._settings.weights_path) is None:
+            if by_id(self.known()[spec.name], name, self._settings.weights_path) is None:
                 raise OtherEncoder(f"encoder {name} is not here, this service has {present}")
             return name
         return present
@@ -63,7 +68,12 @@ def cached_heads(stores: Stores) -> Callable[[str], HeadRunner]:
     def load(head_id: str) -> HeadRunner:
         graph = stores.heads.ready(head_id).graph
         assert graph is not None  # a ready head has one
-        return HeadRunner(graph)
+        try:
+            return HeadRunner(graph)
+        except OtherGraph as error:
+            raise HeadNotReady(
+                f"head {head_id} was stored by an earlier version: train it again", state="ready"
+            ) from error
 
     return load
 

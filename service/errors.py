@@ -3,18 +3,20 @@
 KeysliceError
 ├── NotFound
 │   ├── SeriesNotFound, PatientNotFound, StudyNotFound, SliceNotFound
-│   ├── EncoderNotFound, WindowNotFound
+│   ├── EncoderNotFound, WindowNotFound, LabelNotFound
 │   └── HeadNotFound, JobNotFound
 ├── BadRequest
 │   ├── BadUpload            EmptyUpload, BadArchive, NothingUsable, UploadTooLarge
 │   ├── BadLabels
 │   └── BadQuery
 ├── Conflict
-│   ├── NotEmbeddedYet, HeadNotReady
+│   ├── NotEmbeddedYet, HeadNotReady, HeadsDiffer
 │   ├── OtherEncoder
 │   └── WeightsNotHere
 ├── LicenceNotAccepted
-└── BrokerDown
+├── PeerNotAllowed, PeerFailed
+├── BrokerDown
+└── WorkersBusy
 """
 
 from typing import Any
@@ -54,6 +56,10 @@ class EncoderNotFound(NotFound):
 
 class WindowNotFound(NotFound):
     """No window of this name."""
+
+
+class LabelNotFound(NotFound):
+    """The head has no label of this name."""
 
 
 class HeadNotFound(NotFound):
@@ -108,6 +114,10 @@ class HeadNotReady(Conflict):
     """The head is still being trained, or its training failed."""
 
 
+class HeadsDiffer(Conflict):
+    """The heads were not measured on the same patients and labels."""
+
+
 class OtherEncoder(Conflict):
     """Embeddings of different encoders do not mix."""
 
@@ -120,5 +130,17 @@ class LicenceNotAccepted(KeysliceError):
     """The encoder's licence forbids commercial use, and the service was not told that there is none."""
 
 
+class PeerNotAllowed(KeysliceError):
+    """The setting does not name this DICOM peer."""
+
+
+class PeerFailed(KeysliceError):
+    """The DICOM peer did not take what was sent."""
+
+
 class BrokerDown(KeysliceError):
     """The message broker does not answer."""
+
+
+class WorkersBusy(KeysliceError):
+    """No worker has answered in time; the same request may find the answer later."""

@@ -5,19 +5,23 @@ import time
 
 import redis
 from celery import Celery
+from kombu.entity import Exchange
+from kombu.entity import Queue as Messages
 from kombu.exceptions import OperationalError
 
 from service.errors import BrokerDown
 from service.settings import Settings
-from service.storage.keys import EmbeddingKey
+from service.storage.keys import EmbeddingKey, HeatSpot
 from service.storage.stores import Stores
 
 EMBED_SERIES = "keyslice.embed_series"
 INDEX_BAGS = "keyslice.index_bags"
 TRAIN_HEAD = "keyslice.train_head"
 CHECK_CANARY = "keyslice.check_canary"
+HEAT_MAP = "keyslice.heat_map"
 
-WORK = "keyslice"  # the one queue
+WORK = "keyslice"  # the queue of all that can wait
+ASKED = "keyslice.asked"  # and of what somebody waits for; workers take from both in turn
 
 DEFAULT_BROKER = "redis://127.0.0.1:6379/0"
 
@@ -31,6 +35,8 @@ def celery_app(settings: Settings) -> Celery:
         accept_content=["json"],
         task_serializer="json",
         task_default_queue=WORK,
+        task_queues=[Messages(name, Exchange(name), routing_key=name) for name in (WORK, ASKED)],  # type: ignore[no-untyped-call]
+        task_routes={HEAT_MAP: {"queue": ASKED}},
         task_ignore_result=True,
         task_acks_late=True,
         task_reject_on_worker_lost=True,
@@ -78,6 +84,10 @@ class Queue:
             self._stores.heads.sent(head_id)
         except BrokerDown:
             log.warning("broker does not answer; the sweep will send head %s later", head_id)
+
+    def heat_map(self, spot: HeatSpot) -> None:
+        """Ask for a heat map. Raises BrokerDown; nothing is sent again, whoever waits will ask again."""
+        self._send(HEAT_MAP, *spot.words())
 
     def sweep(self) -> None:
         """Send again what the catalog says is waiting and the broker has lost. Raises BrokerDown."""

@@ -7,9 +7,12 @@ from fastapi import UploadFile
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from models.ct.screening import Reason
+from models.heads.options import Baseline, Network, Protocol, Task
+from service.dicom_out.peers import AE_TITLE
 
 State = Literal["received", "queued", "embedding", "embedded", "indexed", "rejected", "failed"]
 HeadState = Literal["received", "queued", "training", "ready", "failed"]
+DicomKind = Literal["key_objects", "report"]
 JobState = Literal["waiting", "running", "done", "failed"]
 
 # Text that a database and an index can hold; PostgreSQL refuses NUL.
@@ -125,32 +128,124 @@ class Embeddings(Schema):
 class Instance(SlicePosition):
     series_uid: str
     window: str
-    weight: float
-
-
-class Attention(Schema):
-    series_uid: str
-    head_id: str
-    encoder_id: str
-    labels: list[str]
-    instances: list[Instance] = Field(description="every slice at every window; weights sum to 1")
-    window_share: dict[str, float]
-    top_slices: list["TopSlice"]
+    weight: float = Field(description="the mean over the folds")
+    weight_std: float = Field(description="standard deviation over the folds")
 
 
 class TopSlice(SlicePosition):
     series_uid: str
-    weight: float = Field(description="summed over the windows")
+    weight: float = Field(description="summed over the windows, the mean over the folds")
+    weight_std: float = Field(description="standard deviation over the folds")
 
 
-class Predictions(Schema):
-    patient_id: str
+class LabelFaithfulness(Schema):
+    whole: float = Field(description="probability with every instance")
+    without_top: float = Field(description="probability without the instances of the largest weight")
+    without_random: float = Field(description="probability without as many random ones, the mean over the draws")
+    without_random_std: float = Field(description="standard deviation over the draws")
+
+
+class Faithfulness(Schema):
+    removed: int = Field(description="instances left out at a time")
+    instances: int
+    draws: int
+    seed: int
+    labels: dict[str, LabelFaithfulness]
+
+
+class Explanation(Schema):
+    """What every answer of a head carries beside its numbers."""
+
     head_id: str
     encoder_id: str
-    probabilities: dict[str, float]
-    series: list[str] = Field(description="the series whose bags were read together")
-    window_share: dict[str, float]
+    window_share: dict[str, float] = Field(description="of the attention; sums to 1")
+    window_share_std: dict[str, float] = Field(description="standard deviation over the folds")
     top_slices: list[TopSlice]
+    key_slices: list[TopSlice] = Field(description="the heaviest of which no two of a series lie close together")
+    faithfulness: Faithfulness | None = Field(description="null for a bag of one instance")
+
+
+class Attention(Explanation):
+    series_uid: str
+    labels: list[str]
+    instances: list[Instance] = Field(description="every slice at every window; weights sum to 1")
+
+
+class Predictions(Explanation):
+    patient_id: str
+    probabilities: dict[str, float]
+    probabilities_std: dict[str, float] = Field(description="standard deviation over the folds")
+    series: list[str] = Field(description="the series whose bags were read together")
+
+
+class HeatMap(Schema):
+    series_uid: str
+    slice: int
+    sop_uid: str
+    z_mm: float
+    window: str
+    label: str
+    head_id: str
+    encoder_id: str
+    weight: float = Field(description="the head's attention to this slice at this window, the mean over the folds")
+    method: Literal["decomposition", "gradient"]
+    cells: list[list[float]] = Field(
+        description="evidence for the label in log-odds, over the whole slice; rows from top to bottom"
+    )
+
+
+class CStoreAddress(BaseModel):
+    """A C-STORE SCP."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    host: Text
+    port: int = Field(ge=1, le=65535)
+    called_ae: str = Field(pattern=AE_TITLE)
+    calling_ae: str = Field("KEYSLICE", pattern=AE_TITLE)
+
+
+class DicomPeer(BaseModel):
+    """One of the two: a STOW-RS URL or a C-STORE SCP, that KEYSLICE_DICOM_PEERS names."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stow: str | None = Field(None, min_length=1, max_length=2000, description="the URL that is posted to")
+    c_store: CStoreAddress | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "DicomPeer":
+        if (self.stow is None) == (self.c_store is None):
+            raise ValueError("expected either stow or c_store")
+        return self
+
+
+class DicomOut(BaseModel):
+    """Which documents of a head's prediction go where."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"head": "0123456789ab", "to": {"stow": "https://pacs.example/dicom-web/studies"}}]
+        },
+    )
+
+    head: Text
+    kinds: list[DicomKind] = Field(["key_objects", "report"], min_length=1, max_length=2)
+    to: DicomPeer
+
+
+class DicomSent(Schema):
+    kind: DicomKind
+    sop_class_uid: str
+    sop_instance_uid: str
+    status: int = Field(description="DICOM status: 0 stored, 0xB000 to 0xBFFF stored with a warning, else refused")
+
+
+class DicomOutDone(Schema):
+    series_uid: str
+    head_id: str
+    sent: list[DicomSent]
 
 
 class Filters(BaseModel):
@@ -217,22 +312,84 @@ class HeadTraining(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    labels: UploadFile = Field(description="CSV: patient_id or series_uid, then a column of 0 and 1 per label")
+    labels: UploadFile = Field(
+        description="CSV: patient_id, study_uid or series_uid, then a column per label of 0, 1 and empty for unknown; "
+        "a column split of train, validation and test where some are"
+    )
     encoder: Text | None = Field(None, description="name or id; the service's own where unset")
-    task: Literal["multilabel", "one_of_n"] = "multilabel"
-    folds: int = Field(5, ge=2, le=50)
+    task: Task = Field("multilabel", description="one_of_n has exactly one 1 per row, binary one label column")
+    network: Network = "abmil"
+    protocol: Protocol = Field("kfold", description="of a table without a split column")
+    folds: int = Field(5, ge=2, le=50, description="fewer where a class has fewer patients")
+    inner_folds: int = Field(5, ge=2, le=50, description="of nested: in each outer fold, and of the deployed head")
     epochs: int = Field(32, ge=1, le=10_000)
-    patience: int = Field(8, ge=1, le=10_000)
-    batch_size: int = Field(128, ge=1, le=4096)
+    patience: int = Field(8, ge=1, le=10_000, description="epochs without improvement of the validation loss")
+    batch_size: int = Field(128, ge=1, le=4096, description="bags")
     learning_rate: float = Field(1e-4, gt=0, le=1)
     weight_decay: float = Field(1e-2, ge=0, le=1)
     dropout: float = Field(0.5, ge=0, lt=1)
+    hidden: int = Field(256, ge=1, le=4096, description="size of an instance behind the first layer")
+    attention: int = Field(256, ge=1, le=4096, description="size of the attention's hidden layer")
+    temperature_scaling: bool = Field(True, description="false leaves probabilities as the network gives them")
+    specificity: float = Field(0.9, gt=0, lt=1, description="at which sensitivity is told")
+    baselines: list[Baseline] = Field([], max_length=5, description="heads to train beside it on the same splits")
+    permutations: int | None = Field(
+        None, ge=0, le=100, description="trainings on shuffled labels; 1 for up to 100 patients where unset, else 0"
+    )
+    splits_of: Text | None = Field(None, description="a head whose splits are used again, patient by patient")
     seed: int = Field(0, ge=0, lt=2**31)
+
+
+class TableWarning(Schema):
+    """What of the labels table was left out."""
+
+    code: Literal["not_here", "not_embedded", "no_label"]
+    detail: str
+    lines: list[int] = Field(description="of the table; the header is line 1")
 
 
 class HeadAccepted(Schema):
     job_id: str
     head_id: str
+    warnings: list[TableWarning]
+
+
+class Difference(Schema):
+    """Of a metric: one head, the other, and the first minus the second."""
+
+    a: float
+    b: float
+    difference: float
+    interval_95: tuple[float, float] | None = Field(description="patient-level bootstrap")
+    p: float | None = Field(description="two-sided, by the bootstrap")
+
+
+class DeLong(Schema):
+    """DeLong's test of two AUROCs on the same patients."""
+
+    a: float
+    b: float
+    difference: float
+    interval_95: tuple[float, float]
+    z: float
+    p: float = Field(description="two-sided")
+
+
+class LabelComparison(Schema):
+    bags: int
+    patients: int
+    auroc: Difference
+    auprc: Difference
+    f1: Difference
+    brier: Difference
+    delong: DeLong | None = Field(description="null where patients have several rows or a class has a single one")
+
+
+class HeadComparison(Schema):
+    head_id: str
+    other_head_id: str
+    evaluated: Literal["test", "validation"]
+    labels: dict[str, LabelComparison | None] = Field(description="null for a label with one class")
 
 
 class Head(Schema):

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.modes import Mode
-from models.zoo import DEFAULT_ENCODER, ENCODERS
+from models.zoo import DEFAULT_ENCODER, encoders
+from service.dicom_out.peers import parse_peers
 
 
 class Settings(BaseSettings):
@@ -34,6 +35,11 @@ class Settings(BaseSettings):
     max_labels_bytes: int = Field(32 * 2**20, gt=0, description="bytes of a labels table")
     max_neighbours: int = Field(1000, gt=0, description="largest k of a search")
 
+    dicom_peers: str = Field(
+        "",
+        description="where DICOM may be sent: STOW-RS URLs and dicom://TITLE@host:port, between commas",
+    )
+
     sweep_seconds: float = Field(5.0, gt=0, description="how often work whose message was lost is looked for")
     stale_seconds: float = Field(15.0, gt=0, description="silence after which a worker counts as dead")
     max_attempts: int = Field(3, gt=0, description="attempts at one series or head before it counts as failed")
@@ -43,10 +49,18 @@ class Settings(BaseSettings):
 
     @field_validator("encoder")
     @classmethod
-    def _known_encoder(cls, name: str) -> str:
-        if name not in ENCODERS:
-            raise ValueError(f"unknown encoder {name!r}, expected one of {', '.join(ENCODERS)}")
+    def _known_encoder(cls, name: str, earlier: ValidationInfo) -> str:
+        if {"data_dir", "weights_dir"} <= earlier.data.keys():  # else one of them is wrong, which is said
+            known = encoders(_weights_path(earlier.data["data_dir"], earlier.data["weights_dir"]))
+            if name not in known:
+                raise ValueError(f"unknown encoder {name!r}, expected one of {', '.join(known)}")
         return name
+
+    @field_validator("dicom_peers")
+    @classmethod
+    def _readable_peers(cls, peers: str) -> str:
+        parse_peers(peers)
+        return peers
 
     @property
     def catalog_url(self) -> str:
@@ -54,9 +68,13 @@ class Settings(BaseSettings):
 
     @property
     def weights_path(self) -> Path:
-        return self.weights_dir or self.data_dir / "weights"
+        return _weights_path(self.data_dir, self.weights_dir)
 
     @property
     def staging_dir(self) -> Path:
         """Uploads on their way in: below data_dir, so that a file moves into the archive without a copy."""
         return self.data_dir / "staging"
+
+
+def _weights_path(data_dir: Path, weights_dir: Path | None) -> Path:
+    return weights_dir or data_dir / "weights"

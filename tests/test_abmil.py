@@ -7,8 +7,8 @@ from safetensors.torch import load
 
 from models.abmil import ABMIL, Ensemble
 from models.heads.export import to_onnx, to_safetensors
+from models.heads.loader import pad
 from models.heads.run import HeadRunner
-from models.heads.train import pad
 
 DIM, LABELS, HIDDEN = 6, 3, 5
 

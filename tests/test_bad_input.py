@@ -283,6 +283,12 @@ class TestLabels:
             (b"patient_id,x\nFOUR-0,0\nFOUR-1,0\nFOUR-2,0\nFOUR-3,0\n", "0 positive"),
             (b"patient_id,x\nFOUR-0,1\nFOUR-1,1\nFOUR-2,1\nFOUR-3,1\n", "0 negative"),
             (b"patient_id,x\nFOUR-0,1\n", "1 patients"),
+            (b"patient_id,x\nFOUR-0,1\nFOUR-1,?\nFOUR-2,0\nFOUR-3,1\n", "row 3"),
+            (b"patient_id,x\nFOUR-0,1\nFOUR-1,\nFOUR-2,0\nFOUR-3,1\n", "row 3"),
+            (b"patient_id,split\nFOUR-0,train\nFOUR-1,test\n", "label column"),
+            (b"patient_id,x,split\nFOUR-0,1,train\nFOUR-1,0,exam\n", "row 3"),
+            (b"patient_id,x,split\nFOUR-0,1,test\nFOUR-1,0,test\n", "split train"),
+            (b"patient_id,x,split\nFOUR-0,1,test\nFOUR-1,0,\nFOUR-2,1,\nFOUR-3,0,\n", "3 patients"),
             (b"\xff\xfe\x00", "UTF-8"),
             (b'patient_id,x\n"FOUR-0,1\n', "CSV"),
         ],
@@ -297,7 +303,20 @@ class TestLabels:
     def test_no_table(self, http):
         problem(http.post("/v1/heads", data={"epochs": "1"}), 422, "invalid-request")
 
-    @pytest.mark.parametrize("option", [{"epochs": "0"}, {"folds": "1"}, {"task": "regression"}, {"epoch": "3"}])
+    @pytest.mark.parametrize(
+        "option",
+        [
+            {"epochs": "0"},
+            {"folds": "1"},
+            {"task": "regression"},
+            {"epoch": "3"},
+            {"protocol": "leave_one_out"},
+            {"baselines": ["mean", "median"]},
+            {"network": "probe"},
+            {"specificity": "1"},
+            {"permutations": "-1"},
+        ],
+    )
     def test_options_that_are_none(self, http, four, option):
         answer = http.post("/v1/heads", files={"labels": b"patient_id,x\nFOUR-0,1\n"}, data=option)
         problem(answer, 422, "invalid-request")
@@ -306,6 +325,19 @@ class TestLabels:
         table = b"patient_id,x,y\nFOUR-0,1,1\nFOUR-1,0,1\nFOUR-2,1,0\nFOUR-3,0,1\n"
         answer = http.post("/v1/heads", files={"labels": table}, data={"task": "one_of_n"})
         assert "row 2" in problem(answer, 422, "bad-labels")["detail"]
+
+    def test_binary_with_two_labels(self, http, four):
+        table = b"patient_id,x,y\nFOUR-0,1,1\nFOUR-1,0,1\nFOUR-2,1,0\nFOUR-3,0,1\n"
+        answer = http.post("/v1/heads", files={"labels": table}, data={"task": "binary"})
+        assert "2 label columns" in problem(answer, 422, "bad-labels")["detail"]
+
+    def test_splits_and_a_comparison_of_a_head_that_is_not_there(self, http, trained, four):
+        table = "patient_id,x\n" + "\n".join(f"{name},{k % 2}" for k, name in enumerate(four))
+        answer = http.post("/v1/heads", files={"labels": table.encode()}, data={"splits_of": "none"})
+        problem(answer, 404, "head-not-found")
+        problem(http.get(f"/v1/heads/{trained}/comparison?with=none"), 404, "head-not-found")
+        problem(http.get(f"/v1/heads/none/comparison?with={trained}"), 404, "head-not-found")
+        problem(http.get(f"/v1/heads/{trained}/comparison"), 422, "invalid-request")
 
 
 class TestSearches:

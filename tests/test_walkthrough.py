@@ -226,6 +226,19 @@ def test_attention_is_over_every_instance_and_sums_to_one(http, head):
     ]
 
 
+def test_a_worker_makes_a_heat_map_on_first_asking(http, head):
+    path = f"/v1/series/{Identity('HEAD-1').series_uid}/slices/1/heatmap"
+    ask = {"head": head["head_id"], "label": "bright", "window": "lung"}
+
+    numbers = http.get(path, params=ask, headers={"Accept": "application/json"})
+    picture = http.get(path, params=ask)
+
+    assert numbers.status_code == 200, numbers.text
+    assert (numbers.json()["method"], numbers.json()["slice"]) == ("decomposition", 1)
+    assert np.abs(numbers.json()["cells"]).max() > 0
+    assert Image.open(io.BytesIO(picture.content)).size == (32, 32)
+
+
 def test_a_patients_bag_is_all_their_series_unless_narrowed(http, head):
     embed(http, slice_files(Identity("TWICE", study="1"), count=3, seed=1))
     embed(http, slice_files(Identity("TWICE", study="2"), count=4, seed=2))

@@ -17,17 +17,21 @@ from sqlalchemy.exc import OperationalError
 from models.ct.screening import SetAside
 from models.ct.series import CTSeries, arrange
 from models.heads.export import to_onnx, to_safetensors
-from models.heads.train import HeadOptions, LabelledBag, TooFewPatients
+from models.heads.loader import NotABag
+from models.heads.options import HeadOptions
+from models.heads.protocols import TooFewPatients, planned
+from models.heads.train import LabelledBag, TrainedHead
 from models.heads.train import train_head as fit
 from models.line import Line
 from models.load import Encoder, canary
 from models.runtimes import CannotRun
 from models.specs import LicenceForbids, MissingWeights, WrongWeights
-from models.zoo import ENCODERS
+from models.zoo import encoders
 from service.storage.archive import content_of
 from service.storage.index import SliceRows
 from service.storage.keys import EmbeddingKey
-from service.storage.tables import now
+from service.storage.tables import HeadRow, now
+from workers.head_reports import completed
 from workers.resources import Resources
 
 PROGRESS_SECONDS = 1.0  # between two notes of progress, which are also the sign of life
@@ -133,15 +137,12 @@ def _train_head(head_id: str, worker: Resources) -> None:
     if not heads.claim(head_id, worker.holder, worker.settings.stale_seconds, worker.settings.max_attempts):
         return
     row = heads.get(head_id)
-    bags = [
-        LabelledBag(patient, tuple(map(float, target)), partial(_patient_bag, uids, row.encoder_id, worker))
-        for patient, uids, target in row.targets["rows"]
-    ]
     progress = _throttled(lambda done, known: heads.progress(head_id, done, known))
     try:
-        trained = fit(bags, row.labels, HeadOptions(**row.options), progress)
-        graph = to_onnx(trained.ensemble, ENCODERS[row.encoder_id.partition("@")[0]].dim)
-    except TooFewPatients as error:
+        spec = encoders(worker.settings.weights_path)[row.encoder_id.partition("@")[0]]
+        trained = _fit(row, worker, progress)
+        graph = to_onnx(trained.ensemble, spec.dim)
+    except (TooFewPatients, NotABag) as error:
         heads.fail(head_id, str(error))
         return
     except (OSError, OperationalError) as error:
@@ -150,8 +151,23 @@ def _train_head(head_id: str, worker: Resources) -> None:
     except Exception as error:  # nothing may leave a head in training for ever
         heads.fail(head_id, f"{type(error).__name__} while training")
         raise
-    report = trained.report | {"encoder_id": row.encoder_id, "code_version": version("keyslice")}
+    report = completed(trained.report, row, [window.name for window in spec.windows])
     heads.commit(head_id, to_safetensors(trained.ensemble), graph, report)
+
+
+def _fit(row: HeadRow, worker: Resources, progress: Callable[[int, int], None]) -> TrainedHead:
+    """Read each row's bags as they are now, and train on them."""
+    table, options = row.targets, HeadOptions(**row.options)
+    bags = [
+        LabelledBag(
+            patient,
+            tuple(float("nan") if cell is None else float(cell) for cell in target),
+            partial(_joined_bags, _bag_names(uids, row.encoder_id, worker), worker),
+        )
+        for patient, uids, target in table["rows"]
+    ]
+    splits = planned(table["splits"]) if table.get("splits") else None
+    return fit(bags, row.labels, options, progress, splits, table.get("split"))
 
 
 def check_canary(worker: Resources) -> None:
@@ -222,12 +238,15 @@ def _slice_rows(key: EmbeddingKey, content: str, worker: Resources) -> SliceRows
     )
 
 
-def _patient_bag(series_uids: list[str], encoder_id: str, worker: Resources) -> NDArray[np.float16]:
-    """The bags of some series, one after another: (slices, windows, dim)."""
+def _bag_names(series_uids: list[str], encoder_id: str, worker: Resources) -> list[tuple[EmbeddingKey, str]]:
+    """Asked once, not in every epoch; a bag that is replaced meanwhile ends the training, which is tried again."""
     rows = [worker.stores.catalog.embedding(series_uid, encoder_id) for series_uid in series_uids]
-    return np.concatenate(
-        [worker.stores.bags.get(EmbeddingKey(row.series_uid, encoder_id), row.content or "") for row in rows]
-    )
+    return [(EmbeddingKey(row.series_uid, encoder_id), row.content or "") for row in rows]
+
+
+def _joined_bags(names: list[tuple[EmbeddingKey, str]], worker: Resources) -> NDArray[np.float16]:
+    """The bags of some series, one after another: (slices, windows, dim)."""
+    return np.concatenate([worker.stores.bags.get(key, content) for key, content in names])
 
 
 def _throttled(note: Callable[..., None]) -> Callable[..., None]:

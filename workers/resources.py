@@ -11,8 +11,8 @@ from models.ct.volume import prepare_volume
 from models.line import Line
 from models.load import load_encoder
 from models.modes import by_id, in_mode
-from models.specs import EncoderSpec, WrongWeights, check_licence, encoder_id
-from models.zoo import ENCODERS
+from models.specs import EncoderSpec, MissingWeights, WrongWeights, check_licence, encoder_id
+from models.zoo import encoders
 from service.settings import Settings
 from service.storage.stores import Stores, open_stores
 
@@ -45,7 +45,7 @@ class Resources:
 
     def spec(self, encoder_id: str) -> EncoderSpec:
         """The spec, and the way of running it, that has this id here."""
-        plain = ENCODERS.get(encoder_id.partition("@")[0])
+        plain = encoders(self.settings.weights_path).get(encoder_id.partition("@")[0])
         spec = plain and by_id(plain, encoder_id, self.settings.weights_path)
         if spec is None:
             raise WrongWeights(f"this worker has no such encoder, or another, expected {encoder_id}")
@@ -53,8 +53,11 @@ class Resources:
 
     def own_encoder_id(self) -> str:
         """The id of the service's encoder, run as its mode says. Raises MissingWeights or WrongWeights."""
-        weights = self.settings.weights_path
-        return encoder_id(in_mode(ENCODERS[self.settings.encoder], self.settings.mode, weights), weights)
+        name, weights = self.settings.encoder, self.settings.weights_path
+        plain = encoders(weights).get(name)
+        if plain is None:  # an export was there at the start
+            raise MissingWeights(f"{name} is no longer in the weights directory")
+        return encoder_id(in_mode(plain, self.settings.mode, weights), weights)
 
     def close(self) -> None:
         for line in self._lines.values():

@@ -5,7 +5,7 @@ from typing import Any
 from celery import shared_task
 from sqlalchemy.exc import OperationalError
 
-from service.queue import CHECK_CANARY, EMBED_SERIES, INDEX_BAGS, TRAIN_HEAD
+from service.queue import CHECK_CANARY, EMBED_SERIES, HEAT_MAP, INDEX_BAGS, TRAIN_HEAD
 
 # What may be over in a moment: a disk or database that was away. Bad data is never retried.
 RETRIED: dict[str, Any] = {
@@ -42,3 +42,12 @@ def check_canary() -> None:
     from workers import pipeline, resources
 
     pipeline.check_canary(resources.resources())
+
+
+@shared_task(name=HEAT_MAP)
+def heat_map(series_uid: str, content: str, head_id: str, slice: str, window: str, label: str) -> None:
+    from service.storage.keys import HeatSpot
+    from workers import explanations, resources
+
+    spot = HeatSpot(series_uid, content, head_id, int(slice), window, label)
+    explanations.heat_map(spot, resources.resources())

@@ -1,6 +1,7 @@
 """The header of one DICOM file: the few elements that decide what it is and where it lies."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,10 +44,10 @@ class NotDicom(Exception):
     """The file is not a readable DICOM object; the message says what it lacks."""
 
 
-def read_header(path: Path) -> FileDataset:
-    """The elements of HEADER_TAGS. Rows is removed where no PixelData follows. Raises NotDicom."""
+def read_header(path: Path, also: Sequence[str] = ()) -> FileDataset:
+    """The elements of HEADER_TAGS and of `also`. Rows is removed where no PixelData follows. Raises NotDicom."""
     with path.open("rb") as file:
-        header = _read(file, specific_tags=[*HEADER_TAGS], stop_before_pixels=True)
+        header = _read(file, specific_tags=[*HEADER_TAGS, *also], stop_before_pixels=True)
         deflated = header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
         if not deflated and file.read(4) not in PIXEL_DATA and "Rows" in header:
             del header.Rows

@@ -86,10 +86,13 @@ class VSSM(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, dim)."""
+        return self.map_and_embedding(images)[1]
+
+    def map_and_embedding(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images (B, 3, H, W) -> the normalised last map (B, dim, H/32, W/32), its mean (B, dim)."""
         patches = self.patch_embed(images)  # (B, H/4, W/4, dims[0])
-        last_map = self.layers(patches)  # (B, H/32, W/32, dims[-1])
-        embedding: Tensor = self.classifier["norm"](last_map).mean(dim=(1, 2))  # (B, dims[-1])
-        return embedding
+        last_map = self.classifier["norm"](self.layers(patches))  # (B, H/32, W/32, dims[-1])
+        return last_map.permute(0, 3, 1, 2), last_map.mean(dim=(1, 2))
 
 
 class VSSBlock(nn.Module):

@@ -1,39 +1,31 @@
-"""Training an ABMIL head on stored bags: folds by patient, early stopping, an ensemble at the end."""
+"""Training a head on stored bags: a plan of folds, an ensemble at the end, and the report of how good it is."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedGroupKFold
-from torch import Tensor, nn
 
-from models.abmil import ABMIL, Ensemble
-from models.heads.metrics import evaluate
+from models.abmil import Ensemble
+from models.heads.crossfit import Outcome, Rows, Train, Trained, run
+from models.heads.loader import Bags
+from models.heads.member import Member, train_member
+from models.heads.options import Baseline, HeadOptions
+from models.heads.probe import bag_means, train_probe
+from models.heads.protocols import Plan
+from models.heads.protocols import plan as make_plan
+from models.heads.summary import Cohort, summary
 
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """The paper's hyper-parameters by default."""
-
-    task: Literal["multilabel", "one_of_n"] = "multilabel"
-    folds: int = 5  # fewer where a class has fewer patients
-    epochs: int = 32
-    patience: int = 8  # epochs without improvement of the validation loss
-    batch_size: int = 128  # bags
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-2  # AdamW's default
-    dropout: float = 0.5
-    seed: int = 0
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class LabelledBag:
     patient: str  # bags of one patient never straddle a split
-    target: tuple[float, ...]  # (labels,) of 0 and 1
+    target: tuple[float, ...]  # (labels,) of 0 and 1, NaN for unknown
     load: Callable[[], NDArray[np.float16]]  # -> (slices, windows, dim)
 
 
@@ -43,132 +35,102 @@ class TrainedHead:
     report: dict[str, Any]
 
 
-class TooFewPatients(Exception):
-    """There are not enough patients of each class to hold some out."""
+class _Progress:
+    """Epochs done of epochs known, over all the networks of a training."""
+
+    def __init__(self, networks: int, epochs: int, tell: Callable[[int, int], None]) -> None:
+        self._known, self._epochs, self._tell = networks * epochs, epochs, tell
+        self._started = 0
+
+    def of_next(self) -> Callable[[int], None]:
+        """For one network: a network that stops early leaves the rest of its epochs out."""
+        before = self._started * self._epochs
+        self._started += 1
+        return lambda epoch: self._tell(before + epoch, self._known)
 
 
 def train_head(
-    bags: Sequence[LabelledBag], labels: Sequence[str], options: HeadOptions, on_epoch: Callable[[int, int], None]
+    bags: Sequence[LabelledBag],
+    labels: Sequence[str],
+    options: HeadOptions,
+    on_epoch: Callable[[int, int], None],
+    plan: Plan | None = None,
+    split: Sequence[str] | None = None,
 ) -> TrainedHead:
-    """One ABMIL per fold, each from fresh seeded weights and stopped early on its own validation patients.
+    """One network per fold of the plan, each from fresh seeded weights and stopped early on its own validation bags.
 
-    `on_epoch(done, known)` is called after every epoch. The report's figures are those of each patient
-    by the fold that did not train on them; that fold's early stopping saw them, so they are validation
-    figures, not test figures. Raises TooFewPatients.
+    `on_epoch(done, known)` is called after every epoch; what it raises ends the training. Without a plan there is
+    one by `split`, the table's own train, validation and test (bags,), or by `options.protocol`. The report is that
+    of docs/heads.md as far as bags know it. Raises TooFewPatients, NotABag.
     """
-    instances = [torch.from_numpy(bag.load()).flatten(0, 1) for bag in bags]  # each (N, D), float16
-    targets = torch.tensor([bag.target for bag in bags])  # (bags, labels)
+    truth = np.array([bag.target for bag in bags], dtype=np.float64)  # (bags, labels)
     # Numbered in the table's order: opaque keys differ from service to service, splits must not.
     numbers = {patient: number for number, patient in enumerate(dict.fromkeys(bag.patient for bag in bags))}
     patients = np.array([numbers[bag.patient] for bag in bags])
-    splits = list(_splits(targets.numpy(), patients, options))
-    heads, fold_reports = [], []
-    held_out = np.full(targets.shape, np.nan)
-    for fold, (train, validation) in enumerate(splits):
-
-        def note(epoch: int, before: int = fold * options.epochs) -> None:
-            on_epoch(before + epoch, len(splits) * options.epochs)
-
-        head, fold_report = _train_fold(instances, targets, train, validation, options, fold, note)
-        held_out[validation] = _probabilities(head, [instances[k] for k in validation], options)
-        heads.append(head)
-        fold_reports.append(fold_report)
-    truth = targets.numpy().astype(np.float64)
-    report = {
-        "options": asdict(options),
-        "patients": len(set(patients)),
-        "bags": len(bags),
-        "folds": fold_reports,
-        "validation": {
-            label: evaluate(truth[:, k], held_out[:, k], patients, options.seed) for k, label in enumerate(labels)
-        },
-        "note": "validation: each patient by the fold that did not train on them, whose early stopping saw them",
+    plan = plan or make_plan(truth, patients, options, split)
+    read = Bags([bag.load for bag in bags])
+    networked = sum(name != "probe" for name in options.baselines)
+    progress = _Progress(plan.networks * (1 + networked + options.permutations), options.epochs, on_epoch)
+    outcome = run(plan, _networks(read, truth, options, progress), truth, options)
+    baselines: dict[str, Outcome] = {
+        name: _baseline(name, plan, read, truth, options, progress) for name in options.baselines
     }
-    return TrainedHead(Ensemble(heads, options.task == "one_of_n").eval(), report)
+    shuffled = [
+        _permuted(plan, read, shuffled_labels(truth, patients, options.seed + draw), options, progress)
+        for draw in range(options.permutations)
+    ]
+    cohort = Cohort(truth, patients, labels, read.shapes)
+    networks = [member.network for member in outcome.deployed.members if isinstance(member, Member)]
+    temperature = outcome.deployed.temperature
+    ensemble = Ensemble(networks, options.one_of_n, [float(each) for each in temperature])
+    return TrainedHead(ensemble.eval(), summary(cohort, plan, options, outcome, baselines, shuffled))
 
 
-def _splits(
-    targets: NDArray[np.float32], patients: NDArray[Any], options: HeadOptions
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """(train, validation) row numbers, grouped by patient, stratified by the whole row of labels where it can be."""
-    strata = targets @ (2 ** np.arange(targets.shape[1]))
-    sizes = [len(np.unique(patients[strata == stratum])) for stratum in np.unique(strata)]
-    if max(sizes) < 2:
-        raise TooFewPatients(
-            f"{len(np.unique(patients))} patients, of no kind more than one; expected at least 2 of each"
-        )
-    folds = min(options.folds, len(np.unique(patients)), max(2, min(sizes)))
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=options.seed)
-    for train, validation in splitter.split(targets, strata.astype(int), patients):
-        if len(train) and len(validation):
-            yield train, validation
+def _networks(bags: Bags, truth: Floats, options: HeadOptions, progress: _Progress) -> Train:
+    targets = torch.from_numpy(truth).float()
+
+    def train(training: Rows, validation: Rows, number: int) -> Trained:
+        seed = options.seed + number
+        return train_member(bags, targets, training, validation, options, seed, progress.of_next())
+
+    return train
 
 
-def _train_fold(
-    instances: list[Tensor],
-    targets: Tensor,
-    train: NDArray[np.int64],
-    validation: NDArray[np.int64],
-    options: HeadOptions,
-    fold: int,
-    on_epoch: Callable[[int], None],
-) -> tuple[ABMIL, dict[str, Any]]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed + fold)
-        head = ABMIL(instances[0].shape[1], targets.shape[1], dropout=options.dropout)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-        best_loss, best_epoch, best_state = float("inf"), 0, copy.deepcopy(head.state_dict())
-        for epoch in range(1, options.epochs + 1):
-            head.train()
-            for batch in torch.from_numpy(train)[torch.randperm(len(train))].split(options.batch_size):  # type: ignore[no-untyped-call]
-                bag, present = pad([instances[k] for k in batch])
-                loss = _loss(head(bag, present)[0], targets[batch], options)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-            validation_loss = _validation_loss(head, instances, targets, validation, options)
-            on_epoch(epoch)
-            if validation_loss < best_loss:
-                best_loss, best_epoch, best_state = validation_loss, epoch, copy.deepcopy(head.state_dict())
-            elif epoch - best_epoch >= options.patience:
-                break
-    head.load_state_dict(best_state)
-    counts = {"train_bags": len(train), "validation_bags": len(validation)}
-    return head.eval(), {**counts, "best_epoch": best_epoch, "validation_loss": round(best_loss, 5)}
+def _baseline(
+    name: Baseline, plan: Plan, bags: Bags, truth: Floats, options: HeadOptions, progress: _Progress
+) -> Outcome:
+    """Another head on the same splits with the same options and seeds."""
+    if name != "probe":
+        other = replace(options, network=name)
+        return run(plan, _networks(bags, truth, other, progress), truth, other)
+    features = bag_means(bags)
+
+    def train(training: Rows, validation: Rows, number: int) -> Trained:
+        return train_probe(features, truth, training, validation, options.one_of_n, options.seed + number)
+
+    return run(plan, train, truth, options)
 
 
-def pad(bags: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Bags of (N_b, D) -> (B, max N, D) float32 with zeros behind, and which instances are real (B, max N)."""
-    longest = max(len(bag) for bag in bags)
-    padded = torch.zeros(len(bags), longest, bags[0].shape[1])
-    present = torch.zeros(len(bags), longest, dtype=torch.bool)
-    for row, bag in enumerate(bags):
-        padded[row, : len(bag)] = bag
-        present[row, : len(bag)] = True
-    return padded, present
+def _permuted(
+    plan: Plan, bags: Bags, truth: Floats, options: HeadOptions, progress: _Progress
+) -> tuple[Floats, Outcome]:
+    return truth, run(plan, _networks(bags, truth, options, progress), truth, options)
 
 
-def _loss(logits: Tensor, targets: Tensor, options: HeadOptions) -> Tensor:
-    if options.task == "one_of_n":
-        return nn.functional.cross_entropy(logits, targets.argmax(dim=1))
-    return nn.functional.binary_cross_entropy_with_logits(logits, targets)
+def shuffled_labels(truth: Floats, patients: NDArray[Any], seed: int) -> Floats:
+    """Labels (bags, labels) handed on from patient to patient at random, all of a patient's together.
 
+    A patient with more bags than the giver repeats the giver's labels in turn.
+    """
+    order = np.random.default_rng(seed).permutation(int(patients.max()) + 1)
 
-@torch.inference_mode()
-def _validation_loss(
-    head: ABMIL, instances: list[Tensor], targets: Tensor, rows: NDArray[np.int64], options: HeadOptions
-) -> float:
-    logits = _logits(head, [instances[k] for k in rows])
-    return float(_loss(logits, targets[torch.from_numpy(rows)], options))
+    @cache
+    def rows_of(patient: int) -> Rows:
+        return np.flatnonzero(patients == patient)
 
-
-@torch.inference_mode()
-def _probabilities(head: ABMIL, bags: list[Tensor], options: HeadOptions) -> NDArray[np.float64]:
-    logits = _logits(head, bags)
-    answer = logits.softmax(dim=1) if options.task == "one_of_n" else logits.sigmoid()
-    return answer.double().numpy()
-
-
-def _logits(head: ABMIL, bags: list[Tensor]) -> Tensor:
-    head.eval()
-    return torch.cat([head(*pad([bag]))[0] for bag in bags])  # one by one: no padding to pay for
+    answer = np.empty_like(truth)
+    for patient, giver in enumerate(order):
+        given = rows_of(int(giver))
+        for turn, row in enumerate(rows_of(patient)):
+            answer[row] = truth[given[turn % len(given)]]
+    return answer

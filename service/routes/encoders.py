@@ -5,7 +5,6 @@ from dataclasses import asdict
 from fastapi import APIRouter
 
 from models.specs import how_to_get
-from models.zoo import ENCODERS
 from service.deps import EncoderNames, EncodersDep, SettingsDep
 from service.errors import WeightsNotHere
 from service.schemas import Encoder, Encoders
@@ -21,7 +20,7 @@ def list_encoders(encoders: EncodersDep, settings: SettingsDep) -> Encoders:
 
 
 def described(encoders: EncoderNames, settings: Settings) -> Encoders:
-    return Encoders(encoders=[_encoder(name, encoders, settings) for name in ENCODERS])
+    return Encoders(encoders=[_encoder(name, encoders, settings) for name in encoders.known()])
 
 
 def _encoder(name: str, encoders: EncoderNames, settings: Settings) -> Encoder:

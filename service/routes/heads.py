@@ -4,12 +4,17 @@ from typing import Annotated
 
 from fastapi import APIRouter, Form, Query, Response
 
+from service.comparisons import compare_heads
 from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep
 from service.errors import UploadTooLarge
 from service.labels import match_labels, parse_labels
-from service.schemas import Head, HeadAccepted, HeadPage, HeadTraining, Text
+from service.schemas import Head, HeadAccepted, HeadComparison, HeadPage, HeadTraining, Text
+from service.splits import splits_of
 
 router = APIRouter(prefix="/v1/heads", tags=["heads"])
+
+SMALL_SET = 100  # patients up to which a training on shuffled labels is part of the report unless said otherwise
+LONG = {"rows", "splits"}  # of a report, left out of lists
 
 
 @router.post("", status_code=202)
@@ -20,17 +25,20 @@ def post_head(
     queue: QueueDep,
     encoders: EncodersDep,
 ) -> HeadAccepted:
-    """Train a head on the labels file: `patient_id` or `series_uid`, then a column of 0 and 1 per label."""
+    """Train a head on the labels file: `patient_id`, `study_uid` or `series_uid`, then a column per label."""
     encoder_id = encoders.id(form.encoder)
     table = form.labels.file.read(settings.max_labels_bytes + 1)
     if len(table) > settings.max_labels_bytes:
         raise UploadTooLarge(f"the labels table is longer than {settings.max_labels_bytes} bytes")
-    labels = parse_labels(table, form.task == "one_of_n")
-    rows = match_labels(labels, stores.catalog, encoder_id)
-    options = form.model_dump(exclude={"labels", "encoder"})
-    job_id, head_id = stores.heads.add(encoder_id, labels.labels, options, {"rows": rows})
+    matched = match_labels(parse_labels(table, form.task), stores.catalog, encoder_id)
+    splits = splits_of(stores.heads.ready(form.splits_of), matched) if form.splits_of else None
+    options = form.model_dump(exclude={"labels", "encoder", "splits_of"})
+    if form.permutations is None:
+        options["permutations"] = int(matched.patients <= SMALL_SET)
+    targets = matched.as_targets(splits, form.splits_of)
+    job_id, head_id = stores.heads.add(encoder_id, matched.labels.labels, options, targets)
     queue.train(head_id)
-    return HeadAccepted(job_id=job_id, head_id=head_id)
+    return HeadAccepted.model_validate({"job_id": job_id, "head_id": head_id, "warnings": matched.warnings})
 
 
 @router.get("")
@@ -39,9 +47,11 @@ def list_heads(
     cursor: Annotated[Text | None, Query(description="next_cursor of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> HeadPage:
-    """The heads here, in the order of their ids."""
+    """The heads here, in the order of their ids; without the rows and splits of their reports."""
     rows = stores.heads.list(after=cursor, limit=limit + 1)
     page = [Head.model_validate(row) for row in rows[:limit]]
+    for head in page:
+        head.report = head.report and {key: value for key, value in head.report.items() if key not in LONG}
     return HeadPage(heads=page, next_cursor=page[-1].head_id if len(rows) > limit else None)
 
 
@@ -51,10 +61,20 @@ def get_head(head_id: Text, stores: StoresDep) -> Head:
     return Head.model_validate(stores.heads.get(head_id))
 
 
+@router.get("/{head_id}/comparison")
+def get_comparison(
+    head_id: Text,
+    other: Annotated[Text, Query(alias="with", description="the other head")],
+    stores: StoresDep,
+) -> HeadComparison:
+    """This head minus another on the same patients: DeLong's test and a paired bootstrap."""
+    return HeadComparison.model_validate(compare_heads(stores.heads.ready(head_id), stores.heads.ready(other)))
+
+
 @router.get(
     "/{head_id}/weights", response_class=Response, responses={200: {"content": {"application/octet-stream": {}}}}
 )
 def get_weights(head_id: Text, stores: StoresDep) -> Response:
-    """The weights of every fold as safetensors: `heads.<fold>.<tensor>` of models/abmil.py."""
+    """The weights of every fold as safetensors: `heads.<fold>.<tensor>` of models/abmil.py, and `temperature`."""
     name = {"Content-Disposition": f'attachment; filename="head-{head_id}.safetensors"'}
     return Response(stores.heads.ready(head_id).weights, media_type="application/octet-stream", headers=name)

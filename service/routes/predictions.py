@@ -1,53 +1,43 @@
 """What a head says of a patient, and which slices made it say so."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
-import numpy as np
-from fastapi import APIRouter, Query
-from numpy.typing import NDArray
+from fastapi import APIRouter, Depends, Query
+from pydantic import BaseModel, Field
 
+from models.heads.explain import APART_MM, DRAWS, REMOVED_SHARE
 from service.deps import HeadsDep, StoresDep
-from service.schemas import Attention, Instance, Predictions, Text, TopSlice
-from service.storage.keys import EmbeddingKey
-from service.storage.stores import Stores
-from service.storage.tables import EmbeddingRow
+from service.explanations import Explained, explain_patient, explain_series
+from service.schemas import Attention, Instance, Predictions, Text
 
 router = APIRouter(prefix="/v1", tags=["predictions"])
 
-TOP_SLICES = 5
+
+class Asked(BaseModel):
+    """How to explain."""
+
+    remove: float = Field(REMOVED_SHARE, gt=0, lt=1, description="share of the instances that faithfulness removes")
+    draws: int = Field(DRAWS, ge=1, le=200, description="of as many random instances")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the draws")
+    apart_mm: float = Field(APART_MM, ge=0, le=1e4, description="along the body, between key slices of a series")
 
 
-@dataclass(frozen=True)
-class _Bag:
-    """The bags of some series one after another, and where each slice of them comes from."""
-
-    embeddings: NDArray[np.float16]  # (slices, windows, dim)
-    windows: list[str]
-    slices: list[dict[str, Any]]  # series_uid, slice, sop_uid, z_mm
+AskedDep = Annotated[Asked, Depends()]
 
 
 @router.get("/series/{series_uid}/attention")
-def get_attention(series_uid: Text, head: Annotated[Text, Query()], stores: StoresDep, heads: HeadsDep) -> Attention:
-    """The head's weight of every slice at every window of one series."""
-    row = stores.heads.ready(head)
-    bag = _read(stores, [stores.catalog.embedding(series_uid, row.encoder_id)])
-    _, weights = heads(head).predict(bag.embeddings)
+def get_attention(
+    series_uid: Text, head: Annotated[Text, Query()], stores: StoresDep, heads: HeadsDep, asked: AskedDep
+) -> Attention:
+    """The head's weight of every slice at every window of one series, and whether it is to be believed."""
+    found = explain_series(stores, heads, head, series_uid)
+    weights, spreads = found.reading.attention, found.attention_spread
     instances = [
-        Instance(**each, window=window, weight=float(weights[k, w]))
-        for k, each in enumerate(bag.slices)
-        for w, window in enumerate(bag.windows)
+        Instance(**each, window=window, weight=float(weights[k, w]), weight_std=float(spreads[k, w]))
+        for k, each in enumerate(found.bag.slices)
+        for w, window in enumerate(found.bag.windows)
     ]
-    return Attention(
-        series_uid=series_uid,
-        head_id=head,
-        encoder_id=row.encoder_id,
-        labels=row.labels,
-        instances=instances,
-        window_share=_window_share(bag, weights),
-        top_slices=_top_slices(bag, weights),
-    )
+    return Attention(series_uid=series_uid, labels=found.head.labels, instances=instances, **_explanation(found, asked))
 
 
 @router.get("/patients/{patient_id:path}/predictions")
@@ -56,41 +46,28 @@ def get_predictions(
     head: Annotated[Text, Query()],
     stores: StoresDep,
     heads: HeadsDep,
+    asked: AskedDep,
     series_uid: Annotated[Text | None, Query()] = None,
     study_uid: Annotated[Text | None, Query()] = None,
 ) -> Predictions:
     """One probability per label, from all of the patient's accepted series together."""
-    row = stores.heads.ready(head)
-    rows = stores.catalog.patient_embeddings(patient_id, row.encoder_id, series_uid=series_uid, study_uid=study_uid)
-    bag = _read(stores, rows)
-    probabilities, weights = heads(head).predict(bag.embeddings)
+    found = explain_patient(stores, heads, head, patient_id, series_uid=series_uid, study_uid=study_uid)
     return Predictions(
         patient_id=patient_id,
-        head_id=head,
-        encoder_id=row.encoder_id,
-        probabilities=dict(zip(row.labels, map(float, probabilities), strict=True)),
-        series=[each.series_uid for each in rows],
-        window_share=_window_share(bag, weights),
-        top_slices=_top_slices(bag, weights),
+        probabilities=found.probabilities,
+        probabilities_std=found.probability_spread,
+        series=[*found.bag.contents],
+        **_explanation(found, asked),
     )
 
 
-def _read(stores: Stores, rows: Sequence[EmbeddingRow]) -> _Bag:
-    bags, slices, windows = [], [], []
-    for row in rows:
-        key, content = EmbeddingKey(row.series_uid, row.encoder_id), row.content or ""
-        bags.append(stores.bags.get(key, content))
-        receipt = stores.bags.receipt(key, content)
-        windows = receipt["windows"]
-        for k, (sop_uid, z_mm) in enumerate(zip(receipt["sop_uids"], receipt["z_mm"], strict=True)):
-            slices.append({"series_uid": row.series_uid, "slice": k, "sop_uid": sop_uid, "z_mm": z_mm})
-    return _Bag(np.concatenate(bags), windows, slices)
-
-
-def _window_share(bag: _Bag, weights: NDArray[np.float32]) -> dict[str, float]:
-    return dict(zip(bag.windows, map(float, weights.sum(axis=0)), strict=True))
-
-
-def _top_slices(bag: _Bag, weights: NDArray[np.float32]) -> list[TopSlice]:
-    by_slice = weights.sum(axis=1)
-    return [TopSlice(**bag.slices[k], weight=float(by_slice[k])) for k in np.argsort(-by_slice)[:TOP_SLICES]]
+def _explanation(found: Explained, asked: Asked) -> dict[str, Any]:
+    return {
+        "head_id": found.head.head_id,
+        "encoder_id": found.head.encoder_id,
+        "window_share": found.window_share,
+        "window_share_std": found.window_share_spread,
+        "top_slices": found.top_slices(),
+        "key_slices": found.key_slices(apart_mm=asked.apart_mm),
+        "faithfulness": found.faithfulness(asked.remove, asked.draws, asked.seed),
+    }

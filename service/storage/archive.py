@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from service.storage.files import fsync_path
+from models.durable import fsync_path
 
 
 class Archive:

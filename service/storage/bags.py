@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from service.storage.files import fsync_path, fsync_tree
+from models.durable import fsync_path, fsync_tree
 from service.storage.keys import EmbeddingKey
 
 LAYOUT_VERSION = 1

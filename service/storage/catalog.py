@@ -223,8 +223,9 @@ class Catalog:
         return ready
 
     def labelled_embeddings(self, by: str, names: Sequence[str], encoder_id: str) -> dict[str, list[tuple[str, str]]]:
-        """For each known patient id or series UID: (patient key, series UID) of its committed embeddings."""
-        column = PatientRow.patient_id if by == "patient" else SeriesRow.series_uid
+        """For each known patient id, study or series UID: (patient key, series UID) of its committed embeddings."""
+        columns = {"patient": PatientRow.patient_id, "study": SeriesRow.study_uid, "series": SeriesRow.series_uid}
+        column = columns[by]
         here = and_(
             EmbeddingRow.series_uid == SeriesRow.series_uid,
             EmbeddingRow.encoder_id == encoder_id,

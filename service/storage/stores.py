@@ -9,6 +9,7 @@ from service.storage.canaries import Canaries
 from service.storage.catalog import Catalog
 from service.storage.database import Database, upgrade
 from service.storage.heads import Heads
+from service.storage.heatmaps import HeatMaps
 from service.storage.index import SliceIndex
 from service.storage.leases import Leases
 
@@ -23,6 +24,7 @@ class Stores:
     heads: Heads
     leases: Leases
     canaries: Canaries
+    heatmaps: HeatMaps
 
     def close(self) -> None:
         self.database.engine.dispose()
@@ -44,4 +46,5 @@ def open_stores(settings: Settings) -> Stores:
         heads=Heads(database),
         leases=Leases(database),
         canaries=Canaries(database),
+        heatmaps=HeatMaps(root / "heatmaps"),
     )

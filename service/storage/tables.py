@@ -110,7 +110,7 @@ class HeadRow(Work, Row):
     encoder_id: Mapped[str] = mapped_column(index=True)
     labels: Mapped[list[str]]
     options: Mapped[dict[str, Any]]
-    targets: Mapped[dict[str, Any]]  # {"by": "patient" | "series", "rows": [[patient key or series uid, targets]]}
+    targets: Mapped[dict[str, Any]]  # of the labels table: Matched.as_targets()
     report: Mapped[dict[str, Any] | None]
     weights: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)  # safetensors
     graph: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)  # ONNX

@@ -1,0 +1,36 @@
+"""An encoder trained without some of the patients."""
+
+import hashlib
+from pathlib import Path
+
+from bench.patients import NEVER_TRAINED_ON, keys
+from models.exported import exported
+from models.lecl.config import ArchiveConfig, Config, read_config
+from models.lecl.train import pretrain
+from models.load import Encoder, load_encoder
+
+
+def train_fold(config: Path, held_out: frozenset[str], cache: Path) -> Encoder:
+    """The encoder that this configuration gives on every patient of the data but those held out.
+
+    `held_out` names patients as bench/patients.py does: the folder of a volume, or `single-<number>`. Training is
+    resumed from `cache` where it was cut off, and not repeated where it is done.
+    """
+    known = keys(cache / "unpacked")
+    left_out = sorted(key for name in held_out - NEVER_TRAINED_ON for key in known[name])
+    digest = hashlib.sha256(config.read_bytes() + "".join(left_out).encode()).hexdigest()
+    name, weights = f"{config.stem}_{digest[:12]}", cache / "weights"
+    if name not in exported(weights):
+        pretrain(_without(read_config(config), left_out, name, cache), weights, export=name)
+    return load_encoder(exported(weights)[name], weights)
+
+
+def _without(config: Config, left_out: list[str], name: str, cache: Path) -> Config:
+    """The run on what the cache holds of the data, without these patients."""
+    data = {
+        "sources": [ArchiveConfig(kind="archive", path=cache / "unpacked")],
+        "cache": cache / "hu",
+        "leave_out_patients": left_out,
+    }
+    told = config.model_copy(update={"data": config.data.model_copy(update=data)})
+    return told.writing_to(cache / "runs" / name)

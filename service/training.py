@@ -1,0 +1,125 @@
+"""`keyslice train`: send a labels table to a running service, watch the training, show what came of it."""
+
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+POLL_SECONDS = 0.5
+REQUEST_SECONDS = 300.0  # of one call: a table of millions of rows takes a while to match
+SHOWN = ("auroc", "auprc", "f1", "sensitivity", "brier", "ece")
+ENDED = ("done", "failed")
+
+
+class TrainingFailed(Exception):
+    """The service does not answer, refuses the table, or the training failed."""
+
+
+def command_of(options: Mapping[str, Any], defaults: Mapping[str, Any], table: str = "labels.csv") -> str:
+    """The `keyslice train` command that repeats a training: every option that is not the default."""
+    words = ["keyslice", "train", table]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is None or value == defaults.get(name):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list | tuple):
+            words += [word for each in value for word in (f"{flag.removesuffix('s')}", str(each))]
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def train(http: httpx.Client, labels: Path, options: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """The trained head as GET /v1/heads/{head_id} answers; progress and warnings go to the console.
+
+    Raises TrainingFailed.
+    """
+    sent = {name: value for name, value in options.items() if value not in (None, [])}
+    with labels.open("rb") as table:
+        # Text, as a form has nothing else; a list becomes a field that is repeated.
+        fields = {
+            name: [_text(each) for each in value] if isinstance(value, list) else _text(value)
+            for name, value in sent.items()
+        }
+        accepted = _answer(http, "POST", "/v1/heads", files={"labels": (labels.name, table)}, data=fields)
+    for warning in accepted["warnings"]:
+        console.print(f"warning: {warning['detail']}", style="yellow")
+    job = _watch(http, accepted["job_id"], console)
+    if job["state"] == "failed":
+        raise TrainingFailed(f"head {accepted['head_id']}: {job['error']}")
+    return _answer(http, "GET", f"/v1/heads/{accepted['head_id']}")
+
+
+def show(head: Mapping[str, Any], console: Console) -> None:
+    """The figures of a head with their 95 % intervals, one line per label."""
+    report = head["report"]
+    part = report["evaluated"]
+    console.print(
+        f"head {head['head_id']}: {report['patients']} patients, {len(report['folds'])} folds; {part} figures"
+    )
+    table = Table("label", "positive", *SHOWN, box=None)
+    for label, figures in report[part].items():
+        cells = [_cell(figures[name]) for name in SHOWN]
+        table.add_row(label, f"{figures['positives']} of {figures['bags']}", *cells)
+    if len(report[part]) > 1:
+        table.add_row("average", "", *(_cell(report["average"][part][name]) for name in SHOWN))
+    console.print(table)
+    for name, baseline in report["baselines"].items():
+        console.print(f"baseline {name}: AUROC {_cell(baseline['average'][part]['auroc'])}, average over the labels")
+    for label, found in (report["permutation"] or {"auroc": {}})["auroc"].items():
+        values = ", ".join("none" if each is None else f"{each:.3f}" for each in found["values"])
+        console.print(f"labels shuffled: {label} AUROC {values} (chance: 0.5 with deviation {found['expected_std']})")
+    for warning in report["warnings"]:
+        console.print(f"warning: {warning['detail']}", style="yellow")
+
+
+def write(head: Mapping[str, Any], path: Path) -> None:
+    """The head with its whole report as JSON."""
+    path.write_text(json.dumps(head, indent=1) + "\n")
+
+
+def _watch(http: httpx.Client, job_id: str, console: Console) -> dict[str, Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("epochs", total=None)
+        while True:
+            job = _answer(http, "GET", f"/v1/jobs/{job_id}")
+            progress.update(task, completed=job["done"], total=job["known"] or None)
+            if job["state"] in ENDED:
+                return job
+            time.sleep(POLL_SECONDS)
+
+
+def _answer(http: httpx.Client, method: str, path: str, **content: Any) -> dict[str, Any]:
+    try:
+        response = http.request(method, path, timeout=REQUEST_SECONDS, **content)
+        answer: dict[str, Any] = response.json()
+    except httpx.TransportError as error:
+        raise TrainingFailed(
+            f"no service answers at {http.base_url}: {type(error).__name__}; start `keyslice up`"
+        ) from error
+    except ValueError as error:
+        raise TrainingFailed(f"what answers at {http.base_url} is no Keyslice service") from error
+    if response.is_error:
+        raise TrainingFailed(f"{response.status_code}: {answer.get('detail')}")
+    return answer
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _cell(figure: Mapping[str, Any] | None) -> str:
+    if figure is None:
+        return "-"
+    low, high = figure["interval_95"] or (float("nan"), float("nan"))
+    return f"{figure['value']:.3f} ({low:.3f}-{high:.3f})"
