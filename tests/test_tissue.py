@@ -31,13 +31,36 @@ def at(hu, row_mm, column_mm, spacing_mm=(STEP_MM, STEP_MM)):
 
 @pytest.mark.parametrize(
     ("hu", "tissue"),
-    [(LUNG, Tissue.LUNG), (FAT, Tissue.FAT), (MUSCLE, Tissue.SOFT), (CORTEX, Tissue.BONE), (300, Tissue.BONE)],
+    [(LUNG, Tissue.LUNG), (FAT, Tissue.FAT), (MUSCLE, Tissue.SOFT), (CORTEX, Tissue.BONE)],
 )
 def test_a_part_of_the_body_is_the_tissue_of_its_hu(hu, tissue):
     painted = body((hu, 150, 150, 30))
 
     assert at(painted, 150, 150) == tissue
     assert at(painted, 220, 160) == Tissue.SOFT
+
+
+def test_a_heart_full_of_contrast_agent_is_no_bone_and_a_rib_is():
+    assert at(body((300, 150, 150, 30)), 150, 150) == Tissue.SOFT
+    assert at(body((300, 150, 150, 6)), 150, 150) == Tissue.BONE
+    vertebra = body((300, 150, 150, 20))
+    vertebra[disc(150, 150, 20) & (ROWS // 8 % 2 == 0)] = 600  # trabecles
+    assert at(vertebra, 150, 150) == Tissue.BONE
+
+
+def test_bowel_that_holds_more_than_gas_is_no_lung():
+    hu = body((AIR, 150, 150, 30))
+    hu[disc(150, 150, 30) & (ROWS > 150)] = -700
+
+    assert at(hu, 170, 150) == at(hu, 130, 150) == Tissue.OUTSIDE
+
+
+def test_lungs_that_the_edge_of_the_picture_cuts_are_lung_and_the_air_beyond_the_skin_is_not():
+    whole = body((LUNG, 160, 110, 35), (LUNG, 160, 210, 35))
+    cut = whole[:, 45:]  # 90 mm: in the right lung
+
+    assert at(whole, 160, 110) == at(cut, 160, 20) == at(cut, 160, 120) == Tissue.LUNG
+    assert at(cut, 50, 20) == at(cut, 160, 225) == Tissue.OUTSIDE
 
 
 def test_marrow_within_cortex_is_bone_and_soft_tissue_is_not():

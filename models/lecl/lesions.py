@@ -115,10 +115,7 @@ def plant(
     place = _place(hu, spacing_mm, random, diameter_mm, labels)
     if place is None:
         return None
-    kinds = [each for each in KINDS if each.tissue == place.tissue]
-    kind = kinds[random.integers(len(kinds))]
-    diameter = min(place.diameter_mm, kind.largest_mm)
-    shape = random_shape(diameter / 2, random.uniform(*kind.edge_mm), random, kind.spiculated)
+    kind, diameter, shape = _drawn(place, random)
     box, offsets = _grid(place, diameter, hu.shape, spacing_mm)
     mask = _within_lung(shape.share(offsets), box, place)
     density = _density(kind, hu[box].astype(np.float32), shape, offsets, spacing_mm, random)
@@ -132,18 +129,26 @@ def decoy(
     diameter_mm: Range = DIAMETER_MM,
     labels: Labels | None = None,
 ) -> Planted | None:
-    """The same edit without a lesion: normal tissue of the same slices, moved here behind the same kind of edge.
+    """The same edit without a lesion: normal tissue of the same slices, moved here behind a lesion's outline and edge.
 
     None where the slices hold no second place of the same tissue and mean.
     """
     place = _place(hu, spacing_mm, random, diameter_mm, labels)
     if place is None:
         return None
-    shape = random_shape(place.diameter_mm / 2, random.uniform(0.3, 3.0), random, spiculated=random.random() < 0.2)
-    box, offsets = _grid(place, place.diameter_mm, hu.shape, spacing_mm)
+    _kind, diameter, shape = _drawn(place, random)
+    box, offsets = _grid(place, diameter, hu.shape, spacing_mm)
     mask = _within_lung(shape.share(offsets), box, place)
     moved = _elsewhere(hu, box, mask, place, random)
-    return None if moved is None else _blended(hu, box, mask, moved, "decoy", place.diameter_mm)
+    return None if moved is None else _blended(hu, box, mask, moved, "decoy", diameter)
+
+
+def _drawn(place: Place, random: np.random.Generator) -> tuple[Kind, float, Shape]:
+    """A kind of lesion that lies in such a place, its diameter in mm and its outline."""
+    kinds = [each for each in KINDS if each.tissue == place.tissue]
+    kind = kinds[random.integers(len(kinds))]
+    diameter = min(place.diameter_mm, kind.largest_mm)
+    return kind, diameter, random_shape(diameter / 2, random.uniform(*kind.edge_mm), random, kind.spiculated)
 
 
 def _place(

@@ -1,5 +1,6 @@
 """Where a slice holds lung, fat, soft tissue and bone: places where a lesion of each kind may lie."""
 
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
@@ -14,7 +15,8 @@ COARSE_MM = 1.4  # the map is made on pixels of about this size; finer ones cost
 
 BODY_HU = -300.0  # denser than this, and connected, is the patient
 AERATED_HU = -550.0  # thinner than this, inside the body, is lung or gas
-GAS_HU = -950.0  # a region whose mean is thinner than this is bowel gas or a bronchus
+GAS_HU = -950.0  # thinner than this is gas without tissue in it
+GAS_SHARE = 0.4  # of an aerated region, from which on it is bowel gas, a bronchus or the air outside
 FAT_HU = (-150.0, -40.0)
 SOFT_HU = (-15.0, 180.0)
 BONE_HU = 220.0
@@ -22,6 +24,10 @@ BONE_HU = 220.0
 SMALLEST_LUNG_MM2 = 600.0
 VESSEL_MM = 10.0  # vessels up to this wide belong to the lung around them
 SKIN_MM = 5.0
+HELD = 0.8  # of an aerated region that lies in the body's hull: it is a lung that the picture's edge or a thin wall opens
+POOL_MM = 5.0  # what is brighter than bone this far from its outline, and even, is contrast agent in a heart or vessel
+POOL_HU = 60.0  # standard deviation of what is even
+POOL_BRIGHTEST_HU = 550.0  # mean; brighter still is bone or metal
 SMOOTH_MM = 1.6  # standard deviation; tissue is told by its mean, not by its noise
 
 
@@ -51,8 +57,11 @@ def _coarse_tissues(hu: Floats) -> Labels:
     labels[inside & (smooth > FAT_HU[0]) & (smooth < FAT_HU[1])] = Tissue.FAT
     labels[inside & (smooth > SOFT_HU[0]) & (smooth < SOFT_HU[1])] = Tissue.SOFT
     # Marrow is as thin as soft tissue: what cortex encloses is bone.
-    bone = cv2.morphologyEx((smooth > BONE_HU).astype(np.uint8), cv2.MORPH_CLOSE, _disc(4.0))
+    bright = (smooth > BONE_HU).astype(np.uint8)
+    pools = _pools(smooth, bright)
+    bone = cv2.morphologyEx(bright & ~pools, cv2.MORPH_CLOSE, _disc(4.0)) & ~pools
     labels[inside & bone.astype(bool)] = Tissue.BONE
+    labels[inside & pools.astype(bool)] = Tissue.SOFT
     labels[lung.astype(bool)] = Tissue.LUNG
     return labels
 
@@ -60,26 +69,61 @@ def _coarse_tissues(hu: Floats) -> Labels:
 def _body(hu: Floats) -> Labels:
     """The largest dense region with all it encloses; the couch falls off where a gap parts it from the patient."""
     dense = cv2.morphologyEx((hu > BODY_HU).astype(np.uint8), cv2.MORPH_OPEN, _disc(4.0))
-    contours, _ = cv2.findContours(dense, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    body = np.zeros(hu.shape, np.uint8)
+    wall = _largest(dense)
+    hull = _hull(wall)
+    for region in _aerated(hu, ~wall.astype(bool)):
+        if hull[region > 0].mean() >= HELD:
+            wall = _largest(wall | (cv2.dilate(region, _disc(4.0)) & hull))
+    return wall
+
+
+def _hull(mask: Labels) -> Labels:
+    """The smallest convex region around all of it."""
+    hull = np.zeros(mask.shape, np.uint8)
+    if mask.any():
+        cv2.fillConvexPoly(hull, cv2.convexHull(cv2.findNonZero(mask)), 1)
+    return hull
+
+
+def _largest(mask: Labels) -> Labels:
+    """The region that is largest with its holes, and they filled."""
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    filled = np.zeros(mask.shape, np.uint8)
     if contours:
-        cv2.drawContours(body, [max(contours, key=cv2.contourArea)], -1, 1, thickness=cv2.FILLED)
-    return body
+        cv2.drawContours(filled, [max(contours, key=cv2.contourArea)], -1, 1, thickness=cv2.FILLED)
+    return filled
 
 
 def _lung(hu: Floats, body: Labels) -> Labels:
     """Aerated regions of the body that are neither small nor pure gas, with the vessels in them."""
-    aerated = ((hu < AERATED_HU) & (body > 0)).astype(np.uint8)
-    count, regions, facts, _ = cv2.connectedComponentsWithStats(aerated, connectivity=4)
     lung = np.zeros(hu.shape, np.uint8)
-    for region in range(1, count):
-        if facts[region, cv2.CC_STAT_AREA] * COARSE_MM**2 < SMALLEST_LUNG_MM2:
-            continue
-        pixels = regions == region
-        if hu[pixels].mean() > GAS_HU:
-            lung[pixels] = 1
+    for region in _aerated(hu, body > 0):
+        lung |= region
     closed = cv2.morphologyEx(lung, cv2.MORPH_CLOSE, _disc(VESSEL_MM / 2)).astype(np.uint8, copy=False)
     return closed & body
+
+
+def _aerated(hu: Floats, within: NDArray[np.bool_]) -> Iterator[Labels]:
+    """Each connected region of lung's density that is neither small nor pure gas."""
+    count, regions, facts, _ = cv2.connectedComponentsWithStats(
+        ((hu < AERATED_HU) & within).astype(np.uint8), connectivity=4
+    )
+    for region in range(1, count):
+        if facts[region, cv2.CC_STAT_AREA] * COARSE_MM**2 >= SMALLEST_LUNG_MM2:
+            pixels = regions == region
+            if (hu[pixels] < GAS_HU).mean() < GAS_SHARE:
+                yield pixels.astype(np.uint8)
+
+
+def _pools(smooth: Floats, bright: Labels) -> Labels:
+    """Contrast agent in heart and large vessels: as bright as bone, but wide and even."""
+    count, regions = cv2.connectedComponents(cv2.erode(bright, _disc(POOL_MM)))
+    pools = np.zeros(bright.shape, np.uint8)
+    for region in range(1, count):
+        pixels = regions == region
+        if smooth[pixels].std() < POOL_HU and smooth[pixels].mean() < POOL_BRIGHTEST_HU:
+            pools |= cv2.dilate(pixels.astype(np.uint8), _disc(2 * POOL_MM)) & bright
+    return pools
 
 
 def _disc(radius_mm: float) -> Labels:
