@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
@@ -22,6 +23,9 @@ app = typer.Typer(
 _HEAD = HeadOptions()
 encoders = typer.Typer(help="List encoders, measure how to run them, verify them.")
 app.add_typer(encoders, name="encoders")
+heads = typer.Typer(help="List the running service's heads, promote a version.")
+app.add_typer(heads, name="heads")
+Service = Annotated[str | None, typer.Option(help="the service's address; that of the settings if none")]
 
 
 @app.command(epilog="Example: KEYSLICE_PORT=9000 keyslice up")
@@ -116,6 +120,7 @@ def pretrain(
 @app.command(epilog="Example: keyslice train labels.csv --protocol nested --baseline mean --output head.json")
 def train(
     labels: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="the labels table; see docs/heads.md")],
+    name: Annotated[str | None, typer.Option(help="of which this head is the next version")] = None,
     encoder: Annotated[str | None, typer.Option(help="name or id; the service's own if none")] = None,
     task: Annotated[Task, typer.Option()] = _HEAD.task,
     network: Annotated[Network, typer.Option()] = _HEAD.network,
@@ -141,12 +146,34 @@ def train(
     permutations: Annotated[int | None, typer.Option(help="trainings on shuffled labels")] = None,
     splits_of: Annotated[str | None, typer.Option(help="a head whose splits are used again")] = None,
     seed: Annotated[int, typer.Option()] = _HEAD.seed,
-    service: Annotated[str | None, typer.Option(help="its address; that of the settings if none")] = None,
+    service: Service = None,
     output: Annotated[Path | None, typer.Option(help="write the head with its report as JSON")] = None,
 ) -> None:
     """Train a head on a labels table, by the running service; show its figures."""
     options = {name: value for name, value in locals().items() if name not in ("labels", "service", "output")}
     _train(labels, options, service, output)
+
+
+@heads.callback(invoke_without_command=True, epilog="Example: keyslice heads --service http://127.0.0.1:9000")
+def list_heads(context: typer.Context, service: Service = None) -> None:
+    """List every head: name and version, whether it is promoted, state, labels, AUROC."""
+    if not context.invoked_subcommand:
+        from service.training import heads_table
+        from service.training import list_heads as every
+
+        _console().print(heads_table(_asked(service, every)))
+
+
+@heads.command(epilog="Example: keyslice heads promote nodules@2")
+def promote(
+    head: Annotated[str, typer.Argument(help="name@version, or an id")],
+    service: Service = None,
+) -> None:
+    """From now on the head's name alone means this version."""
+    from service.training import promote as run
+
+    found = _asked(service, lambda http: run(http, head))
+    typer.echo(f"{found['name']} is version {found['version']}, head {found['head_id']}")
 
 
 @encoders.callback(invoke_without_command=True, epilog="Example: keyslice encoders --json")
@@ -173,7 +200,7 @@ def list_encoders(
             each.licence + ("" if each.permitted else "; needs KEYSLICE_NONCOMMERCIAL=true"),
             f"{each.encoder_id}, {each.runtime} {each.precision}" if each.encoder_id else f"not here; {each.source}",
         )
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    _console().print(table)
     typer.echo(
         f"Weights that are not here: `keyslice fetch NAME --revision COMMIT` brings a hub's; or put NAME with one of "
         f"{' '.join(SUFFIXES)} into {settings.weights_path}."
@@ -223,20 +250,31 @@ def verify(name: Annotated[str | None, typer.Argument(help="an encoder; the serv
 
 
 def _train(labels: Path, options: dict[str, Any], service: str | None, output: Path | None) -> None:
-    import httpx
-
-    from service.training import TrainingFailed, show, write
+    from service.training import show, write
     from service.training import train as run
 
-    settings, console = _settings(), Console(width=None if sys.stdout.isatty() else 200)
-    with httpx.Client(base_url=service or f"http://{settings.host}:{settings.port}") as http:
-        try:
-            head = run(http, labels, options, console)
-        except TrainingFailed as error:
-            _fail(str(error), status=1)
-    show(head, console)
+    head = _asked(service, lambda http: run(http, labels, options, _console()))
+    show(head, _console())
     if output:
         write(head, output)
+
+
+def _asked(service: str | None, question: Callable[[Any], Any]) -> Any:
+    """What the running service answers to a question that takes an httpx client; the process ends where it does not."""
+    import httpx
+
+    from service.training import TrainingFailed
+
+    settings = _settings()
+    with httpx.Client(base_url=service or f"http://{settings.host}:{settings.port}") as http:
+        try:
+            return question(http)
+        except TrainingFailed as error:
+            _fail(str(error), status=1)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def _encoder(name: str | None) -> tuple[Settings, EncoderSpec]:

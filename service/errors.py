@@ -4,13 +4,14 @@ KeysliceError
 ├── NotFound
 │   ├── SeriesNotFound, PatientNotFound, StudyNotFound, SliceNotFound
 │   ├── EncoderNotFound, WindowNotFound, LabelNotFound
-│   └── HeadNotFound, JobNotFound
+│   └── HeadNotFound, JobNotFound, PredictionNotFound
 ├── BadRequest
 │   ├── BadUpload            EmptyUpload, BadArchive, NothingUsable, UploadTooLarge
 │   ├── BadLabels
 │   └── BadQuery
 ├── Conflict
-│   ├── NotEmbeddedYet, HeadNotReady, HeadsDiffer
+│   ├── NotEmbeddedYet, BagGone
+│   ├── HeadNotReady, HeadsDiffer
 │   ├── OtherEncoder
 │   └── WeightsNotHere
 ├── LicenceNotAccepted
@@ -63,11 +64,15 @@ class LabelNotFound(NotFound):
 
 
 class HeadNotFound(NotFound):
-    """No head of this id."""
+    """No head of this id or name."""
 
 
 class JobNotFound(NotFound):
     """No job of this id."""
+
+
+class PredictionNotFound(NotFound):
+    """No prediction of this id was given."""
 
 
 class BadRequest(KeysliceError):
@@ -108,6 +113,10 @@ class Conflict(KeysliceError):
 
 class NotEmbeddedYet(Conflict):
     """The series is still on its way."""
+
+
+class BagGone(Conflict):
+    """The bag was replaced by one of more slices while it was asked for."""
 
 
 class HeadNotReady(Conflict):

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from models.heads.explain import APART_MM, DRAWS, REMOVED_SHARE, key_slices, spread
 from models.heads.explain import faithfulness as deletion
 from models.heads.run import HeadRunner, Reading
+from service.errors import BagGone
 from service.schemas import Faithfulness, LabelFaithfulness, TopSlice
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
-from service.storage.tables import EmbeddingRow, HeadRow
+from service.storage.tables import EmbeddingRow, HeadRow, PredictionRow
 
 TOP_SLICES = 5
 
@@ -113,7 +114,7 @@ class Explained:
 def explain_series(stores: Stores, heads: Callable[[str], HeadRunner], head_id: str, series_uid: str) -> Explained:
     """One series as the head reads it. Raises as Heads.ready() and Catalog.embedding() do."""
     head = stores.heads.ready(head_id)
-    return _explained(stores, heads, head, [stores.catalog.embedding(series_uid, head.encoder_id)])
+    return _explained(stores, heads, head, _contents([stores.catalog.embedding(series_uid, head.encoder_id)]))
 
 
 def explain_patient(
@@ -131,24 +132,38 @@ def explain_patient(
     """
     head = stores.heads.ready(head_id)
     rows = stores.catalog.patient_embeddings(patient_id, head.encoder_id, series_uid=series_uid, study_uid=study_uid)
-    return _explained(stores, heads, head, rows)
+    return _explained(stores, heads, head, _contents(rows))
+
+
+def explain_again(stores: Stores, heads: Callable[[str], HeadRunner], prediction: PredictionRow) -> Explained:
+    """The bags of an earlier prediction as its head reads them, whatever came since. Raises BagGone."""
+    contents = {bag.series_uid: bag.content for bag in prediction.bags}
+    return _explained(stores, heads, stores.heads.ready(prediction.head_id), contents)
+
+
+def _contents(rows: Sequence[EmbeddingRow]) -> dict[str, str]:
+    """The bags that count now."""
+    return {row.series_uid: row.content or "" for row in rows}
 
 
 def _explained(
-    stores: Stores, heads: Callable[[str], HeadRunner], head: HeadRow, rows: Sequence[EmbeddingRow]
+    stores: Stores, heads: Callable[[str], HeadRunner], head: HeadRow, contents: dict[str, str]
 ) -> Explained:
-    bag, runner = read_bags(stores, rows), heads(head.head_id)
+    bag, runner = read_bags(stores, head.encoder_id, contents), heads(head.head_id)
     return Explained(head, bag, runner.read(bag.embeddings), runner)
 
 
-def read_bags(stores: Stores, rows: Sequence[EmbeddingRow]) -> Bag:
-    """The committed bags of some embeddings of one encoder, as one."""
+def read_bags(stores: Stores, encoder_id: str, contents: dict[str, str]) -> Bag:
+    """Bags of one encoder, named by series and content, as one. Raises BagGone."""
     bags, slices, windows = [], [], []
-    for row in rows:
-        key, content = EmbeddingKey(row.series_uid, row.encoder_id), row.content or ""
-        bags.append(stores.bags.get(key, content))
-        receipt = stores.bags.receipt(key, content)
+    for series_uid, content in contents.items():
+        key = EmbeddingKey(series_uid, encoder_id)
+        try:
+            bags.append(stores.bags.get(key, content))
+            receipt = stores.bags.receipt(key, content)
+        except FileNotFoundError as error:
+            raise BagGone(f"bag {content} of series {series_uid} was replaced meanwhile; ask again") from error
         windows = receipt["windows"]
         for k, (sop_uid, z_mm) in enumerate(zip(receipt["sop_uids"], receipt["z_mm"], strict=True)):
-            slices.append({"series_uid": row.series_uid, "slice": k, "sop_uid": sop_uid, "z_mm": z_mm})
-    return Bag(np.concatenate(bags), windows, slices, {row.series_uid: row.content or "" for row in rows})
+            slices.append({"series_uid": series_uid, "slice": k, "sop_uid": sop_uid, "z_mm": z_mm})
+    return Bag(np.concatenate(bags), windows, slices, contents)

@@ -11,9 +11,9 @@ from models.heads.options import Baseline, Network, Protocol, Task
 from service.dicom_out.peers import AE_TITLE
 
 State = Literal["received", "queued", "embedding", "embedded", "indexed", "rejected", "failed"]
-HeadState = Literal["received", "queued", "training", "ready", "failed"]
+HeadState = Literal["received", "queued", "training", "ready", "failed", "cancelled"]
 DicomKind = Literal["key_objects", "report"]
-JobState = Literal["waiting", "running", "done", "failed"]
+JobState = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 # Text that a database and an index can hold; PostgreSQL refuses NUL.
 Text = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]
@@ -157,6 +157,8 @@ class Explanation(Schema):
     """What every answer of a head carries beside its numbers."""
 
     head_id: str
+    head_name: str
+    head_version: int
     encoder_id: str
     window_share: dict[str, float] = Field(description="of the attention; sums to 1")
     window_share_std: dict[str, float] = Field(description="standard deviation over the folds")
@@ -172,10 +174,12 @@ class Attention(Explanation):
 
 
 class Predictions(Explanation):
+    prediction_id: str = Field(description="GET /v1/predictions/{prediction_id} gives the same answer for good")
     patient_id: str
     probabilities: dict[str, float]
     probabilities_std: dict[str, float] = Field(description="standard deviation over the folds")
     series: list[str] = Field(description="the series whose bags were read together")
+    bags: dict[str, str] = Field(description="by series: the digest of the instances that its bag was made from")
 
 
 class HeatMap(Schema):
@@ -312,6 +316,11 @@ class HeadTraining(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    name: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$",
+        description="of which this head is the next version; its own id where unset",
+    )
     labels: UploadFile = Field(
         description="CSV: patient_id, study_uid or series_uid, then a column per label of 0, 1 and empty for unknown; "
         "a column split of train, validation and test where some are"
@@ -394,6 +403,9 @@ class HeadComparison(Schema):
 
 class Head(Schema):
     head_id: str
+    name: str
+    version: int
+    promoted: bool = Field(description="whether the name alone means this version")
     state: HeadState
     error: str | None
     created_at: datetime

@@ -1,4 +1,4 @@
-"""`keyslice train`: send a labels table to a running service, watch the training, show what came of it."""
+"""`keyslice train` and `keyslice heads`: a running service's heads, trained, shown and promoted from here."""
 
 import json
 import shlex
@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.table import Table
 POLL_SECONDS = 0.5
 REQUEST_SECONDS = 300.0  # of one call: a table of millions of rows takes a while to match
 SHOWN = ("auroc", "auprc", "f1", "sensitivity", "brier", "ece")
-ENDED = ("done", "failed")
+ENDED = ("done", "failed", "cancelled")
 
 
 class TrainingFailed(Exception):
@@ -41,7 +42,7 @@ def command_of(options: Mapping[str, Any], defaults: Mapping[str, Any], table: s
 def train(http: httpx.Client, labels: Path, options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """The trained head as GET /v1/heads/{head_id} answers; progress and warnings go to the console.
 
-    Raises TrainingFailed.
+    Ctrl-C cancels the training. Raises TrainingFailed.
     """
     sent = {name: value for name, value in options.items() if value not in (None, [])}
     with labels.open("rb") as table:
@@ -53,9 +54,12 @@ def train(http: httpx.Client, labels: Path, options: Mapping[str, Any], console:
         accepted = _answer(http, "POST", "/v1/heads", files={"labels": (labels.name, table)}, data=fields)
     for warning in accepted["warnings"]:
         console.print(f"warning: {warning['detail']}", style="yellow")
-    job = _watch(http, accepted["job_id"], console)
-    if job["state"] == "failed":
-        raise TrainingFailed(f"head {accepted['head_id']}: {job['error']}")
+    try:
+        job = _watch(http, accepted["job_id"], console)
+    except KeyboardInterrupt:
+        job = _answer(http, "POST", f"/v1/jobs/{accepted['job_id']}/cancel")
+    if job["state"] != "done":
+        raise TrainingFailed(f"head {accepted['head_id']}: {job['error'] or job['state']}")
     return _answer(http, "GET", f"/v1/heads/{accepted['head_id']}")
 
 
@@ -63,9 +67,7 @@ def show(head: Mapping[str, Any], console: Console) -> None:
     """The figures of a head with their 95 % intervals, one line per label."""
     report = head["report"]
     part = report["evaluated"]
-    console.print(
-        f"head {head['head_id']}: {report['patients']} patients, {len(report['folds'])} folds; {part} figures"
-    )
+    console.print(f"head {_named(head)}: {report['patients']} patients, {len(report['folds'])} folds; {part} figures")
     table = Table("label", "positive", *SHOWN, box=None)
     for label, figures in report[part].items():
         cells = [_cell(figures[name]) for name in SHOWN]
@@ -80,6 +82,38 @@ def show(head: Mapping[str, Any], console: Console) -> None:
         console.print(f"labels shuffled: {label} AUROC {values} (chance: 0.5 with deviation {found['expected_std']})")
     for warning in report["warnings"]:
         console.print(f"warning: {warning['detail']}", style="yellow")
+
+
+def list_heads(http: httpx.Client) -> list[dict[str, Any]]:
+    """Every head, as GET /v1/heads answers. Raises TrainingFailed."""
+    page = _answer(http, "GET", "/v1/heads")
+    heads: list[dict[str, Any]] = page["heads"]
+    while page["next_cursor"]:
+        page = _answer(http, "GET", "/v1/heads", params={"cursor": page["next_cursor"]})
+        heads += page["heads"]
+    return heads
+
+
+def promote(http: httpx.Client, reference: str) -> dict[str, Any]:
+    """The head that its name alone means from now on. Raises TrainingFailed."""
+    return _answer(http, "POST", f"/v1/heads/{quote(reference, safe='@')}/promote")
+
+
+def heads_table(heads: list[dict[str, Any]]) -> Table:
+    """A line per head: name and version, state, labels, AUROC of the average over labels."""
+    table = Table("head", "id", "state", "labels", "AUROC", "encoder", box=None)
+    for head in sorted(heads, key=lambda each: (each["name"], each["version"])):
+        report = head["report"] or {}
+        figures = report.get("average", {}).get(report.get("evaluated"), {})
+        table.add_row(
+            f"{head['name']}@{head['version']}" + (" (promoted)" if head["promoted"] else ""),
+            head["head_id"],
+            head["state"],
+            ", ".join(head["labels"]),
+            _cell(figures.get("auroc")),
+            head["encoder_id"],
+        )
+    return table
 
 
 def write(head: Mapping[str, Any], path: Path) -> None:
@@ -112,6 +146,12 @@ def _answer(http: httpx.Client, method: str, path: str, **content: Any) -> dict[
     if response.is_error:
         raise TrainingFailed(f"{response.status_code}: {answer.get('detail')}")
     return answer
+
+
+def _named(head: Mapping[str, Any]) -> str:
+    """With name and version, where somebody named it."""
+    own = head["head_id"]
+    return own if head["name"] == own else f"{head['name']}@{head['version']} ({own})"
 
 
 def _text(value: Any) -> str:

@@ -60,7 +60,7 @@ def test_a_bag_that_dies_while_it_is_written_is_not_there(tmp_path, bag, monkeyp
     with pytest.raises(FileNotFoundError):
         bags.get(KEY, "c0")
     bags.put(KEY, "c0", bag, {})
-    bags.keep_only(KEY, "c0")
+    bags.keep_only(KEY, ["c0"])
     assert [path.name for path in (tmp_path / ENCODER / "1.2.3").iterdir()] == ["c0.zarr"]
 
 

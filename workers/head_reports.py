@@ -20,7 +20,8 @@ def completed(report: dict[str, Any], row: HeadRow, windows: Sequence[str]) -> d
         "bags": report["bags"],
         "series": sum(len(uids) for _, uids, _ in table["rows"]),
     }
-    asked = row.options | {"encoder": row.encoder_id, "splits_of": table.get("splits_of")}
+    name = None if row.name == row.head_id else row.name
+    asked = {"name": name} | row.options | {"encoder": row.encoder_id, "splits_of": table.get("splits_of")}
     return report | {
         "by": table.get("by"),
         "cohort": cohort | report["cohort"],

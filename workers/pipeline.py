@@ -1,5 +1,6 @@
 """The recipes, top to bottom: embed a series, index bags, train a head, check the canary."""
 
+import hashlib
 import logging
 import time
 from collections import defaultdict
@@ -43,6 +44,10 @@ log = logging.getLogger(__name__)
 
 class NotFinite(Exception):
     """An embedding holds NaN or infinity."""
+
+
+class NotWanted(Exception):
+    """Whoever asked for this work has cancelled it, or another worker has taken it over."""
 
 
 class NoVolume(Exception):
@@ -99,7 +104,7 @@ def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     times = {"started_at": started.isoformat(), "seconds": round(time.perf_counter() - clock, 3)}
     stores.bags.put(key, content, bag, _receipt(series, line.encoder) | times)
     stores.catalog.commit(key, content, len(bag), verdict, series.geometry())
-    stores.bags.keep_only(key, content)
+    stores.bags.keep_only(key, {content, *stores.predictions.contents(key)})
     return True
 
 
@@ -137,11 +142,17 @@ def _train_head(head_id: str, worker: Resources) -> None:
     if not heads.claim(head_id, worker.holder, worker.settings.stale_seconds, worker.settings.max_attempts):
         return
     row = heads.get(head_id)
-    progress = _throttled(lambda done, known: heads.progress(head_id, done, known))
+
+    def note(done: int, known: int) -> None:
+        if not heads.progress(head_id, done, known):
+            raise NotWanted
+
     try:
         spec = encoders(worker.settings.weights_path)[row.encoder_id.partition("@")[0]]
-        trained = _fit(row, worker, progress)
+        trained = _fit(row, worker, _throttled(note))
         graph = to_onnx(trained.ensemble, spec.dim)
+    except NotWanted:
+        return
     except (TooFewPatients, NotABag) as error:
         heads.fail(head_id, str(error))
         return
@@ -156,18 +167,21 @@ def _train_head(head_id: str, worker: Resources) -> None:
 
 
 def _fit(row: HeadRow, worker: Resources, progress: Callable[[int, int], None]) -> TrainedHead:
-    """Read each row's bags as they are now, and train on them."""
+    """Read each row's bags as they are now, and train on them; networks of an earlier attempt on the same are kept."""
     table, options = row.targets, HeadOptions(**row.options)
+    names = [_bag_names(uids, row.encoder_id, worker) for _, uids, _ in table["rows"]]
     bags = [
         LabelledBag(
             patient,
             tuple(float("nan") if cell is None else float(cell) for cell in target),
-            partial(_joined_bags, _bag_names(uids, row.encoder_id, worker), worker),
+            partial(_joined_bags, own, worker),
         )
-        for patient, uids, target in table["rows"]
+        for (patient, _, target), own in zip(table["rows"], names, strict=True)
     ]
     splits = planned(table["splits"]) if table.get("splits") else None
-    return fit(bags, row.labels, options, progress, splits, table.get("split"))
+    digest = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+    kept = worker.stores.heads.networks(row.head_id, digest)
+    return fit(bags, row.labels, options, progress, splits, table.get("split"), kept)
 
 
 def check_canary(worker: Resources) -> None:

@@ -1,6 +1,7 @@
 """One network trained on one fold: fresh seeded weights, early stopping on the fold's own validation bags."""
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from models.abmil import ABMIL, GatedABMIL, MaxPooling, MeanPooling
@@ -17,6 +19,8 @@ from models.heads.options import HeadOptions, Network
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+REPORT = "report"  # the tensor that is no weight: the report's JSON, byte by byte
+
 
 class Member:
     """A trained network of an ensemble, over the bags that it was trained on and others beside them."""
@@ -25,6 +29,21 @@ class Member:
         self.network = network.eval()
         self.report = report
         self._bags = bags
+
+    @classmethod
+    def loaded(cls, saved: bytes, bags: Bags, labels: int, options: HeadOptions) -> "Member":
+        """What saved() wrote of a network of these options."""
+        state = load(saved)
+        report = json.loads(state.pop(REPORT).numpy().tobytes())
+        with torch.random.fork_rng(devices=[]):
+            network = new_network(options.network, bags.dim, labels, options)
+        network.load_state_dict(state, strict=True)
+        return cls(network, bags, report)
+
+    def saved(self) -> bytes:
+        """The network and its report as safetensors."""
+        report = torch.frombuffer(bytearray(json.dumps(self.report).encode()), dtype=torch.uint8)
+        return save({**self.network.state_dict(), REPORT: report})
 
     @torch.inference_mode()
     def predict(self, rows: Rows) -> tuple[Floats, Floats]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +35,14 @@ class TrainedHead:
     report: dict[str, Any]
 
 
+class Kept(Protocol):
+    """Where trained networks are kept, by name, until all of a head are there. A dict will do."""
+
+    def get(self, name: str, /) -> bytes | None: ...
+
+    def __setitem__(self, name: str, network: bytes, /) -> None: ...
+
+
 class _Progress:
     """Epochs done of epochs known, over all the networks of a training."""
 
@@ -56,12 +64,14 @@ def train_head(
     on_epoch: Callable[[int, int], None],
     plan: Plan | None = None,
     split: Sequence[str] | None = None,
+    kept: Kept | None = None,
 ) -> TrainedHead:
     """One network per fold of the plan, each from fresh seeded weights and stopped early on its own validation bags.
 
     `on_epoch(done, known)` is called after every epoch; what it raises ends the training. Without a plan there is
-    one by `split`, the table's own train, validation and test (bags,), or by `options.protocol`. The report is that
-    of docs/heads.md as far as bags know it. Raises TooFewPatients, NotABag.
+    one by `split`, the table's own train, validation and test (bags,), or by `options.protocol`. A network that is in
+    `kept` is not trained again; it must be of the same bags, targets and options. The report is that of docs/heads.md
+    as far as bags know it. Raises TooFewPatients, NotABag.
     """
     truth = np.array([bag.target for bag in bags], dtype=np.float64)  # (bags, labels)
     # Numbered in the table's order: opaque keys differ from service to service, splits must not.
@@ -71,14 +81,17 @@ def train_head(
     read = Bags([bag.load for bag in bags])
     networked = sum(name != "probe" for name in options.baselines)
     progress = _Progress(plan.networks * (1 + networked + options.permutations), options.epochs, on_epoch)
-    outcome = run(plan, _networks(read, truth, options, progress), truth, options)
+    kept = {} if kept is None else kept
+    outcome = run(plan, _networks("head", read, truth, options, progress, kept), truth, options)
     baselines: dict[str, Outcome] = {
-        name: _baseline(name, plan, read, truth, options, progress) for name in options.baselines
+        name: _baseline(name, plan, read, truth, options, progress, kept) for name in options.baselines
     }
-    shuffled = [
-        _permuted(plan, read, shuffled_labels(truth, patients, options.seed + draw), options, progress)
-        for draw in range(options.permutations)
-    ]
+    shuffled = []
+    for draw in range(options.permutations):
+        other = shuffled_labels(truth, patients, options.seed + draw)
+        shuffled.append(
+            (other, run(plan, _networks(f"shuffled {draw}", read, other, options, progress, kept), other, options))
+        )
     cohort = Cohort(truth, patients, labels, read.shapes)
     networks = [member.network for member in outcome.deployed.members if isinstance(member, Member)]
     temperature = outcome.deployed.temperature
@@ -86,35 +99,33 @@ def train_head(
     return TrainedHead(ensemble.eval(), summary(cohort, plan, options, outcome, baselines, shuffled))
 
 
-def _networks(bags: Bags, truth: Floats, options: HeadOptions, progress: _Progress) -> Train:
+def _networks(name: str, bags: Bags, truth: Floats, options: HeadOptions, progress: _Progress, kept: Kept) -> Train:
     targets = torch.from_numpy(truth).float()
 
     def train(training: Rows, validation: Rows, number: int) -> Trained:
-        seed = options.seed + number
-        return train_member(bags, targets, training, validation, options, seed, progress.of_next())
+        on_epoch, key = progress.of_next(), f"{name} {number}"
+        if found := kept.get(key):
+            return Member.loaded(found, bags, targets.shape[1], options)
+        member = train_member(bags, targets, training, validation, options, options.seed + number, on_epoch)
+        kept[key] = member.saved()
+        return member
 
     return train
 
 
 def _baseline(
-    name: Baseline, plan: Plan, bags: Bags, truth: Floats, options: HeadOptions, progress: _Progress
+    name: Baseline, plan: Plan, bags: Bags, truth: Floats, options: HeadOptions, progress: _Progress, kept: Kept
 ) -> Outcome:
     """Another head on the same splits with the same options and seeds."""
     if name != "probe":
         other = replace(options, network=name)
-        return run(plan, _networks(bags, truth, other, progress), truth, other)
+        return run(plan, _networks(f"baseline {name}", bags, truth, other, progress, kept), truth, other)
     features = bag_means(bags)
 
     def train(training: Rows, validation: Rows, number: int) -> Trained:
         return train_probe(features, truth, training, validation, options.one_of_n, options.seed + number)
 
     return run(plan, train, truth, options)
-
-
-def _permuted(
-    plan: Plan, bags: Bags, truth: Floats, options: HeadOptions, progress: _Progress
-) -> tuple[Floats, Outcome]:
-    return truth, run(plan, _networks(bags, truth, options, progress), truth, options)
 
 
 def shuffled_labels(truth: Floats, patients: NDArray[Any], seed: int) -> Floats:

@@ -24,7 +24,9 @@ BONE_HU = 220.0
 SMALLEST_LUNG_MM2 = 600.0
 VESSEL_MM = 10.0  # vessels up to this wide belong to the lung around them
 SKIN_MM = 5.0
-HELD = 0.8  # of an aerated region that lies in the body's hull: it is a lung that the picture's edge or a thin wall opens
+HELD = (
+    0.8  # of an aerated region that lies in the body's hull: it is a lung that the picture's edge or a thin wall opens
+)
 POOL_MM = 5.0  # what is brighter than bone this far from its outline, and even, is contrast agent in a heart or vessel
 POOL_HU = 60.0  # standard deviation of what is even
 POOL_BRIGHTEST_HU = 550.0  # mean; brighter still is bone or metal
@@ -52,28 +54,28 @@ def _coarse_tissues(hu: Floats) -> Labels:
     labels = np.full(hu.shape, Tissue.OUTSIDE, np.uint8)
     body = _body(hu)
     lung = _lung(hu, body)
-    smooth = cv2.GaussianBlur(hu, (0, 0), SMOOTH_MM / COARSE_MM)
-    inside = cv2.erode(body, _disc(SKIN_MM)).astype(bool) & ~cv2.dilate(lung, _disc(2 * COARSE_MM)).astype(bool)
+    smooth: Floats = cv2.GaussianBlur(hu, (0, 0), SMOOTH_MM / COARSE_MM).astype(np.float32, copy=False)
+    inside = (_changed(body, cv2.MORPH_ERODE, SKIN_MM) & ~_changed(lung, cv2.MORPH_DILATE, 2 * COARSE_MM)) > 0
     labels[inside & (smooth > FAT_HU[0]) & (smooth < FAT_HU[1])] = Tissue.FAT
     labels[inside & (smooth > SOFT_HU[0]) & (smooth < SOFT_HU[1])] = Tissue.SOFT
     # Marrow is as thin as soft tissue: what cortex encloses is bone.
     bright = (smooth > BONE_HU).astype(np.uint8)
     pools = _pools(smooth, bright)
-    bone = cv2.morphologyEx(bright & ~pools, cv2.MORPH_CLOSE, _disc(4.0)) & ~pools
-    labels[inside & bone.astype(bool)] = Tissue.BONE
-    labels[inside & pools.astype(bool)] = Tissue.SOFT
-    labels[lung.astype(bool)] = Tissue.LUNG
+    bone = _changed(bright & ~pools, cv2.MORPH_CLOSE, 4.0) & ~pools
+    labels[inside & (bone > 0)] = Tissue.BONE
+    labels[inside & (pools > 0)] = Tissue.SOFT
+    labels[lung > 0] = Tissue.LUNG
     return labels
 
 
 def _body(hu: Floats) -> Labels:
     """The largest dense region with all it encloses; the couch falls off where a gap parts it from the patient."""
-    dense = cv2.morphologyEx((hu > BODY_HU).astype(np.uint8), cv2.MORPH_OPEN, _disc(4.0))
+    dense = _changed((hu > BODY_HU).astype(np.uint8), cv2.MORPH_OPEN, 4.0)
     wall = _largest(dense)
     hull = _hull(wall)
     for region in _aerated(hu, ~wall.astype(bool)):
         if hull[region > 0].mean() >= HELD:
-            wall = _largest(wall | (cv2.dilate(region, _disc(4.0)) & hull))
+            wall = _largest(wall | (_changed(region, cv2.MORPH_DILATE, 4.0) & hull))
     return wall
 
 
@@ -99,8 +101,7 @@ def _lung(hu: Floats, body: Labels) -> Labels:
     lung = np.zeros(hu.shape, np.uint8)
     for region in _aerated(hu, body > 0):
         lung |= region
-    closed = cv2.morphologyEx(lung, cv2.MORPH_CLOSE, _disc(VESSEL_MM / 2)).astype(np.uint8, copy=False)
-    return closed & body
+    return _changed(lung, cv2.MORPH_CLOSE, VESSEL_MM / 2) & body
 
 
 def _aerated(hu: Floats, within: NDArray[np.bool_]) -> Iterator[Labels]:
@@ -117,15 +118,17 @@ def _aerated(hu: Floats, within: NDArray[np.bool_]) -> Iterator[Labels]:
 
 def _pools(smooth: Floats, bright: Labels) -> Labels:
     """Contrast agent in heart and large vessels: as bright as bone, but wide and even."""
-    count, regions = cv2.connectedComponents(cv2.erode(bright, _disc(POOL_MM)))
+    count, regions = cv2.connectedComponents(_changed(bright, cv2.MORPH_ERODE, POOL_MM))
     pools = np.zeros(bright.shape, np.uint8)
     for region in range(1, count):
         pixels = regions == region
         if smooth[pixels].std() < POOL_HU and smooth[pixels].mean() < POOL_BRIGHTEST_HU:
-            pools |= cv2.dilate(pixels.astype(np.uint8), _disc(2 * POOL_MM)) & bright
+            pools |= _changed(pixels.astype(np.uint8), cv2.MORPH_DILATE, 2 * POOL_MM) & bright
     return pools
 
 
-def _disc(radius_mm: float) -> Labels:
+def _changed(mask: Labels, how: int, radius_mm: float) -> Labels:
+    """The mask grown, shrunk, opened or closed (one of cv2.MORPH_*) by a disc."""
     radius = max(1, round(radius_mm / COARSE_MM))
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1)).astype(np.uint8)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    return cv2.morphologyEx(mask, how, disc).astype(np.uint8, copy=False)

@@ -32,11 +32,11 @@ def post_head(
         raise UploadTooLarge(f"the labels table is longer than {settings.max_labels_bytes} bytes")
     matched = match_labels(parse_labels(table, form.task), stores.catalog, encoder_id)
     splits = splits_of(stores.heads.ready(form.splits_of), matched) if form.splits_of else None
-    options = form.model_dump(exclude={"labels", "encoder", "splits_of"})
+    options = form.model_dump(exclude={"labels", "encoder", "splits_of", "name"})
     if form.permutations is None:
         options["permutations"] = int(matched.patients <= SMALL_SET)
     targets = matched.as_targets(splits, form.splits_of)
-    job_id, head_id = stores.heads.add(encoder_id, matched.labels.labels, options, targets)
+    job_id, head_id = stores.heads.add(encoder_id, matched.labels.labels, options, targets, form.name)
     queue.train(head_id)
     return HeadAccepted.model_validate({"job_id": job_id, "head_id": head_id, "warnings": matched.warnings})
 
@@ -57,8 +57,14 @@ def list_heads(
 
 @router.get("/{head_id}")
 def get_head(head_id: Text, stores: StoresDep) -> Head:
-    """The head's state, labels, options and report."""
+    """The head's state, labels, options and report; by id, by `name@version`, or by name: the promoted version."""
     return Head.model_validate(stores.heads.get(head_id))
+
+
+@router.post("/{head_id}/promote")
+def promote_head(head_id: Text, stores: StoresDep) -> Head:
+    """From now on the head's name alone means this version. The first version of a name is promoted by itself."""
+    return Head.model_validate(stores.heads.promote(head_id))
 
 
 @router.get("/{head_id}/comparison")

@@ -15,7 +15,7 @@ from service.storage.tables import HeadRow
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 POLL_SECONDS = 0.5
-ENDED = ("done", "failed")
+ENDED = ("done", "failed", "cancelled")
 
 
 @router.get("/{job_id}")
@@ -46,6 +46,16 @@ async def get_events(job_id: Text, stores: StoresDep) -> EventSourceResponse:
     return EventSourceResponse(events())
 
 
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: Text, stores: StoresDep) -> Job:
+    """Stop the work: a training for good, of an upload the series that no worker has begun.
+
+    Cancelled series are `failed` and begin anew when they are posted again. A job that has ended stays as it is.
+    """
+    stores.catalog.cancel(job_id)
+    return _job(stores, job_id)
+
+
 def _job(stores: Stores, job_id: str) -> Job:
     job, embeddings, received = stores.catalog.job(job_id)
     if job.head is not None:
@@ -57,7 +67,7 @@ def _job(stores: Stores, job_id: str) -> Job:
     return Job(
         job_id=job_id,
         kind="embed",
-        state=_overall([each.state for each in series]),
+        state=_overall([each.state for each in series], cancelled=job.cancelled_at is not None),
         created_at=job.created_at,
         done=sum(each.done for each in series),
         known=sum(each.known for each in series),
@@ -69,7 +79,12 @@ def _job(stores: Stores, job_id: str) -> Job:
 
 
 def _training(job_id: str, head: HeadRow) -> Job:
-    states: dict[str, JobState] = {"ready": "done", "failed": "failed", "training": "running"}
+    states: dict[str, JobState] = {
+        "ready": "done",
+        "failed": "failed",
+        "cancelled": "cancelled",
+        "training": "running",
+    }
     return Job(
         job_id=job_id,
         kind="train",
@@ -84,8 +99,10 @@ def _training(job_id: str, head: HeadRow) -> Job:
     )
 
 
-def _overall(states: list[str]) -> JobState:
+def _overall(states: list[str], cancelled: bool) -> JobState:
     """Done when every series can be searched or was rejected; failed when one failed and none is open."""
     if all(state in ("indexed", "rejected", "failed") for state in states):
+        if cancelled:
+            return "cancelled"
         return "failed" if "failed" in states else "done"
     return "waiting" if all(state in ("received", "queued") for state in states) else "running"

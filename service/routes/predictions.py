@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from models.heads.explain import APART_MM, DRAWS, REMOVED_SHARE
 from service.deps import HeadsDep, StoresDep
-from service.explanations import Explained, explain_patient, explain_series
+from service.explanations import Explained, explain_again, explain_patient, explain_series
 from service.schemas import Attention, Instance, Predictions, Text
 
 router = APIRouter(prefix="/v1", tags=["predictions"])
@@ -52,11 +52,25 @@ def get_predictions(
 ) -> Predictions:
     """One probability per label, from all of the patient's accepted series together."""
     found = explain_patient(stores, heads, head, patient_id, series_uid=series_uid, study_uid=study_uid)
+    prediction_id = stores.predictions.note(found.head.head_id, found.bag.contents, asked.model_dump())
+    return _predictions(prediction_id, patient_id, found, asked)
+
+
+@router.get("/predictions/{prediction_id}")
+def get_prediction(prediction_id: Text, stores: StoresDep, heads: HeadsDep) -> Predictions:
+    """A prediction once more: the same head on the same bags, whatever was trained, promoted or sent since."""
+    row = stores.predictions.get(prediction_id)
+    return _predictions(prediction_id, row.patient.patient_id, explain_again(stores, heads, row), Asked(**row.asked))
+
+
+def _predictions(prediction_id: str, patient_id: str, found: Explained, asked: Asked) -> Predictions:
     return Predictions(
+        prediction_id=prediction_id,
         patient_id=patient_id,
         probabilities=found.probabilities,
         probabilities_std=found.probability_spread,
         series=[*found.bag.contents],
+        bags=found.bag.contents,
         **_explanation(found, asked),
     )
 
@@ -64,6 +78,8 @@ def get_predictions(
 def _explanation(found: Explained, asked: Asked) -> dict[str, Any]:
     return {
         "head_id": found.head.head_id,
+        "head_name": found.head.name,
+        "head_version": found.head.version,
         "encoder_id": found.head.encoder_id,
         "window_share": found.window_share,
         "window_share_std": found.window_share_spread,

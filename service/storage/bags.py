@@ -2,6 +2,7 @@
 
 import shutil
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Bags:
         fsync_path(self._root)
 
     def get(self, key: EmbeddingKey, content: str) -> NDArray[np.float16]:
+        """Raises FileNotFoundError for a bag that was replaced."""
         return np.asarray(self._open(key, content)[:])
 
     def receipt(self, key: EmbeddingKey, content: str) -> dict[str, Any]:
@@ -56,10 +58,11 @@ class Bags:
         receipt: dict[str, Any] = self._open(key, content).attrs["receipt"]  # type: ignore[assignment]
         return receipt
 
-    def keep_only(self, key: EmbeddingKey, content: str) -> None:
-        """Remove bags of earlier contents, and what dead writers left behind."""
-        for path in self._path(key, content).parent.iterdir():
-            if path.name != f"{content}.zarr":
+    def keep_only(self, key: EmbeddingKey, contents: Collection[str]) -> None:
+        """Remove bags of other contents, and what dead writers left behind."""
+        kept = {f"{content}.zarr" for content in contents}
+        for path in (self._root / key.encoder_id / key.series_uid).iterdir():
+            if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, key: EmbeddingKey, content: str) -> Path:

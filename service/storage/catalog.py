@@ -21,10 +21,11 @@ from service.errors import (
 from service.storage.archive import Archive
 from service.storage.database import Database
 from service.storage.keys import EmbeddingKey
-from service.storage.tables import EmbeddingRow, JobRow, JobSeriesRow, PatientRow, SeriesRow, now
+from service.storage.tables import EmbeddingRow, HeadRow, JobRow, JobSeriesRow, PatientRow, SeriesRow, now
 
 WAITING = ("received", "queued")
 OPEN = (*WAITING, "embedding")
+CANCELLED = "cancelled on request"
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,24 @@ class Catalog:
                     if embedded:
                         found.append((patient_key, series_uid))
         return answer
+
+    def cancel(self, job_id: str) -> None:
+        """Give up what of a job no worker has begun, and a head in training. What has ended stays as it is."""
+        with self._database.write() as session:
+            job = session.get(JobRow, job_id)
+            if job is None:
+                raise JobNotFound(f"no job {job_id}")
+            if job.head_id is not None:
+                head = session.get_one(HeadRow, job.head_id, with_for_update=True)
+                stopped = [head] if head.state in ("received", "queued", "training") else []
+            else:
+                waiting = _of_job(job_id).where(EmbeddingRow.state.in_(WAITING))
+                stopped = [*session.scalars(waiting.with_for_update(of=EmbeddingRow))]
+            for row in stopped:
+                row.state = "cancelled" if isinstance(row, HeadRow) else "failed"
+                row.error, row.holder, row.touched_at = CANCELLED, None, now()
+            if stopped:
+                job.cancelled_at = now()
 
     def job(self, job_id: str) -> tuple[JobRow, dict[str, EmbeddingRow], dict[str, int]]:
         """A job with its series' embeddings and how many slices each has in the archive."""

@@ -1,16 +1,20 @@
-"""SQL: heads in training and trained, with their weights in the row, so that a head is there whole or not at all."""
+"""SQL: heads in training and trained, with their weights in the row, so that a head is there whole or not at all.
+
+A head goes by its id, by `name@version`, or by its name alone, which means the version that was promoted.
+"""
 
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import select, update
-from sqlalchemy.orm import undefer
+from sqlalchemy import delete, exists, func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, undefer
 
 from service.errors import HeadNotFound, HeadNotReady
 from service.storage.database import Database
-from service.storage.tables import HeadRow, JobRow, now
+from service.storage.tables import HeadNetworkRow, HeadRow, JobRow, now
 
 
 class Heads:
@@ -18,19 +22,31 @@ class Heads:
         self._database = database
 
     def add(
-        self, encoder_id: str, labels: Sequence[str], options: dict[str, Any], targets: dict[str, Any]
+        self,
+        encoder_id: str,
+        labels: Sequence[str],
+        options: dict[str, Any],
+        targets: dict[str, Any],
+        name: str | None = None,
     ) -> tuple[str, str]:
-        """Note a head to be trained. Answers (job id, head id)."""
-        head_id, job_id = uuid.uuid4().hex[:12], uuid.uuid4().hex
+        """Note a head to be trained, the next version of its name. Answers (job id, head id)."""
+        head_id = uuid.uuid4().hex[:12]
+        head = {"encoder_id": encoder_id, "labels": list(labels), "options": options, "targets": targets}
+        try:
+            return self._add(head_id, name or head_id, head), head_id
+        except IntegrityError:  # another training took the same version at the same moment
+            return self._add(head_id, name or head_id, head), head_id
+
+    def _add(self, head_id: str, name: str, head: dict[str, Any]) -> str:
+        job_id = uuid.uuid4().hex
         with self._database.write() as session:
-            head = HeadRow(
-                head_id=head_id, encoder_id=encoder_id, labels=list(labels), options=options, targets=targets
-            )
-            head.state = "received"
-            session.add(head)
+            last = session.scalar(select(func.max(HeadRow.version)).where(HeadRow.name == name)) or 0
+            row = HeadRow(head_id=head_id, name=name, version=last + 1, **head)
+            row.state = "received"
+            session.add(row)
             session.flush()
             session.add(JobRow(job_id=job_id, head_id=head_id))
-        return job_id, head_id
+        return job_id
 
     def sent(self, head_id: str) -> None:
         with self._database.write() as session:
@@ -64,17 +80,35 @@ class Heads:
             row.state, row.holder, row.touched_at, row.attempts = "training", holder, now(), row.attempts + 1
             return True
 
-    def progress(self, head_id: str, done: int, known: int) -> None:
-        """Epochs done of epochs known; also the sign that the worker lives."""
+    def progress(self, head_id: str, done: int, known: int) -> bool:
+        """Epochs done of epochs known; also the sign that the worker lives. False where nobody wants the head now."""
         with self._database.note() as session:
-            rows = update(HeadRow).where(HeadRow.head_id == head_id)
-            session.execute(rows.values(done=done, known=known, touched_at=now()))
+            rows = update(HeadRow).where(HeadRow.head_id == head_id, HeadRow.state == "training")
+            return bool(session.execute(rows.values(done=done, known=known, touched_at=now())).rowcount)  # type: ignore[attr-defined]
 
     def commit(self, head_id: str, weights: bytes, graph: bytes, report: dict[str, Any]) -> None:
+        """The head is whole: this is the write that makes it count. A cancelled one stays cancelled.
+
+        The first version of a name is promoted.
+        """
         with self._database.write() as session:
-            row = session.get_one(HeadRow, head_id)
+            row = _versions(session, session.get_one(HeadRow, head_id).name)[head_id]
+            if row.state == "cancelled":
+                return
             row.weights, row.graph, row.report = weights, graph, report
             row.state, row.holder, row.error, row.done = "ready", None, None, row.known
+            others = exists().where(HeadRow.name == row.name, HeadRow.promoted)
+            row.promoted = not session.scalar(select(others))
+            _forget_networks(session, head_id)
+
+    def promote(self, reference: str) -> HeadRow:
+        """From now on the head's name alone means this version. Raises HeadNotFound or HeadNotReady."""
+        head_id = self._ready(reference).head_id
+        with self._database.write() as session:
+            versions = _versions(session, session.get_one(HeadRow, head_id).name)
+            for row in versions.values():
+                row.promoted = row.head_id == head_id
+            return versions[head_id]
 
     def release(self, head_id: str, error: str) -> None:
         """Hand a head's training back, to be tried again."""
@@ -85,14 +119,16 @@ class Heads:
     def fail(self, head_id: str, error: str) -> None:
         with self._database.write() as session:
             row = session.get_one(HeadRow, head_id)
-            row.state, row.error, row.holder = "failed", error, None
+            if row.state != "cancelled":
+                row.state, row.error, row.holder = "failed", error, None
+            _forget_networks(session, head_id)
 
-    def get(self, head_id: str) -> HeadRow:
-        with self._database.read() as session:
-            row = session.get(HeadRow, head_id)
-        if row is None:
-            raise HeadNotFound(f"no head {head_id}")
-        return row
+    def networks(self, head_id: str, bags: str) -> "KeptNetworks":
+        """The networks that were trained for this head on these bags (a digest of theirs)."""
+        return KeptNetworks(self._database, head_id, bags)
+
+    def get(self, reference: str) -> HeadRow:
+        return self._find(reference)
 
     def list(self, *, after: str | None, limit: int) -> list[HeadRow]:
         query = select(HeadRow).order_by(HeadRow.head_id).limit(limit)
@@ -101,13 +137,59 @@ class Heads:
         with self._database.read() as session:
             return [*session.scalars(query)]
 
-    def ready(self, head_id: str) -> HeadRow:
+    def ready(self, reference: str) -> HeadRow:
         """A trained head with its weights. Raises HeadNotFound or HeadNotReady."""
-        with self._database.read() as session:
-            everything = [undefer(HeadRow.weights), undefer(HeadRow.graph)]
-            row = session.get(HeadRow, head_id, options=everything)
-        if row is None:
-            raise HeadNotFound(f"no head {head_id}")
+        return self._ready(reference, undefer(HeadRow.weights), undefer(HeadRow.graph))
+
+    def _ready(self, reference: str, *options: Any) -> HeadRow:
+        row = self._find(reference, *options)
         if row.state != "ready":
-            raise HeadNotReady(f"head {head_id} is {row.state}, expected ready", state=row.state)
+            raise HeadNotReady(f"head {reference} is {row.state}, expected ready", state=row.state)
         return row
+
+    def _find(self, reference: str, *options: Any) -> HeadRow:
+        name, at, version = reference.rpartition("@")
+        named = select(HeadRow).options(*options)
+        if at:
+            named = named.where(HeadRow.name == name, HeadRow.version == _number(version))
+        else:
+            named = named.where(HeadRow.name == reference, HeadRow.promoted)
+        with self._database.read() as session:
+            row = session.get(HeadRow, reference, options=options) or session.scalar(named)
+        if row is None:
+            raise HeadNotFound(f"no head {reference}")
+        return row
+
+
+class KeptNetworks:
+    """Bytes by name, as models/heads/train.py asks for them."""
+
+    def __init__(self, database: Database, head_id: str, bags: str) -> None:
+        self._database, self._head_id, self._bags = database, head_id, bags
+
+    def get(self, name: str) -> bytes | None:
+        with self._database.read() as session:
+            row = session.get(HeadNetworkRow, (self._head_id, self._key(name)))
+            return row.network if row else None
+
+    def __setitem__(self, name: str, network: bytes) -> None:
+        with self._database.write() as session:
+            session.merge(HeadNetworkRow(head_id=self._head_id, name=self._key(name), network=network))
+
+    def _key(self, name: str) -> str:
+        return f"{self._bags}/{name}"
+
+
+def _versions(session: Session, name: str) -> dict[str, HeadRow]:
+    """All versions of a name by head id, locked: whoever promotes waits for whoever does so."""
+    rows = session.scalars(select(HeadRow).where(HeadRow.name == name).order_by(HeadRow.version).with_for_update())
+    return {row.head_id: row for row in rows}
+
+
+def _forget_networks(session: Session, head_id: str) -> None:
+    session.execute(delete(HeadNetworkRow).where(HeadNetworkRow.head_id == head_id))
+
+
+def _number(version: str) -> int:
+    """-1 for what is no version."""
+    return int(version) if version.isascii() and version.isdigit() and len(version) < 10 else -1

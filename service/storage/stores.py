@@ -12,6 +12,7 @@ from service.storage.heads import Heads
 from service.storage.heatmaps import HeatMaps
 from service.storage.index import SliceIndex
 from service.storage.leases import Leases
+from service.storage.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Stores:
     database: Database
     catalog: Catalog
     heads: Heads
+    predictions: Predictions
     leases: Leases
     canaries: Canaries
     heatmaps: HeatMaps
@@ -44,6 +46,7 @@ def open_stores(settings: Settings) -> Stores:
         database=database,
         catalog=Catalog(database, archive),
         heads=Heads(database),
+        predictions=Predictions(database),
         leases=Leases(database),
         canaries=Canaries(database),
         heatmaps=HeatMaps(root / "heatmaps"),

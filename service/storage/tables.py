@@ -3,7 +3,17 @@
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, Index, LargeBinary, MetaData, TypeDecorator
+from sqlalchemy import (
+    JSON,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    LargeBinary,
+    MetaData,
+    TypeDecorator,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
@@ -106,6 +116,9 @@ class HeadRow(Work, Row):
     __tablename__ = "heads"
 
     head_id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]  # its own id where nobody named it
+    version: Mapped[int] = mapped_column(default=1)
+    promoted: Mapped[bool] = mapped_column(default=False)  # the version that the bare name means
     created_at: Mapped[datetime] = mapped_column(default=now)
     encoder_id: Mapped[str] = mapped_column(index=True)
     labels: Mapped[list[str]]
@@ -115,6 +128,41 @@ class HeadRow(Work, Row):
     weights: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)  # safetensors
     graph: Mapped[bytes | None] = mapped_column(LargeBinary, deferred=True)  # ONNX
 
+    __table_args__ = (UniqueConstraint("name", "version", name="uq_heads_name_version"),)
+
+
+class HeadNetworkRow(Row):
+    """A network of a head in training: what another worker need not train again."""
+
+    __tablename__ = "head_networks"
+
+    head_id: Mapped[str] = mapped_column(ForeignKey(HeadRow.head_id), primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    network: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class PredictionRow(Row):
+    """A prediction that was given: by which head, of which bags, asked how."""
+
+    __tablename__ = "predictions"
+
+    prediction_id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    patient_key: Mapped[str] = mapped_column(ForeignKey(PatientRow.patient_key), index=True)
+    head_id: Mapped[str] = mapped_column(ForeignKey(HeadRow.head_id))
+    asked: Mapped[dict[str, Any]]
+
+    patient: Mapped[PatientRow] = relationship(lazy="joined", innerjoin=True)
+    bags: Mapped[list["PredictionBagRow"]] = relationship(lazy="selectin", order_by="PredictionBagRow.series_uid")
+
+
+class PredictionBagRow(Row):
+    __tablename__ = "prediction_bags"
+
+    prediction_id: Mapped[str] = mapped_column(ForeignKey(PredictionRow.prediction_id), primary_key=True)
+    series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid), primary_key=True, index=True)
+    content: Mapped[str]
+
 
 class JobRow(Row):
     """Work a caller can watch: an upload's series, or a head in training. Its state is theirs."""
@@ -123,6 +171,7 @@ class JobRow(Row):
 
     job_id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
+    cancelled_at: Mapped[datetime | None]
     head_id: Mapped[str | None] = mapped_column(ForeignKey(HeadRow.head_id))
 
     head: Mapped[HeadRow | None] = relationship(lazy="joined")
