@@ -32,7 +32,7 @@ from service.routes import (
     search,
     series,
 )
-from service.schemas import Problem
+from service.schemas.base import Problem
 from service.settings import Settings
 from service.storage.stores import open_stores
 

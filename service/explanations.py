@@ -11,7 +11,7 @@ from models.heads.explain import APART_MM, DRAWS, REMOVED_SHARE, key_slices, spr
 from models.heads.explain import faithfulness as deletion
 from models.heads.run import HeadRunner, Reading
 from service.errors import BagGone
-from service.schemas import Faithfulness, LabelFaithfulness, TopSlice
+from service.schemas.predictions import Faithfulness, LabelFaithfulness, TopSlice
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
 from service.storage.tables import EmbeddingRow, HeadRow, PredictionRow

@@ -16,7 +16,8 @@ from service.dicom_out.sending import PeerAway, send
 from service.dicom_out.source import SOURCE_ELEMENTS
 from service.errors import PeerFailed, PeerNotAllowed, SliceNotFound
 from service.explanations import explain_patient, explain_series
-from service.schemas import DicomKind, DicomOut, DicomOutDone, DicomPeer, DicomSent, Text
+from service.schemas.base import Text
+from service.schemas.dicom import DicomKind, DicomOut, DicomOutDone, DicomPeer, DicomSent
 from service.settings import Settings
 from service.storage.stores import Stores
 

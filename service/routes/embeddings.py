@@ -8,7 +8,8 @@ from fastapi import APIRouter, Header, Query, Response
 
 from service.deps import EncodersDep, StoresDep
 from service.errors import WindowNotFound
-from service.schemas import Embeddings, SlicePosition, Text
+from service.schemas.base import Text
+from service.schemas.series import Embeddings, SlicePosition
 from service.storage.keys import EmbeddingKey
 
 router = APIRouter(prefix="/v1/series", tags=["embeddings"])

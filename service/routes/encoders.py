@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from models.specs import how_to_get
 from service.deps import EncoderNames, EncodersDep, SettingsDep
 from service.errors import WeightsNotHere
-from service.schemas import Encoder, Encoders
+from service.schemas.encoders import Encoder, Encoders
 from service.settings import Settings
 
 router = APIRouter(prefix="/v1/encoders", tags=["encoders"])

@@ -17,7 +17,8 @@ from service.errors import BadQuery, LabelNotFound, SliceNotFound, WindowNotFoun
 from service.explanations import Explained, explain_series
 from service.overlay import overlay
 from service.queue import Queue
-from service.schemas import HeatMap, Text
+from service.schemas.base import Text
+from service.schemas.predictions import HeatMap
 from service.storage.keys import HeatSpot
 from service.storage.stores import Stores
 

@@ -8,7 +8,8 @@ from service.comparisons import compare_heads
 from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep
 from service.errors import UploadTooLarge
 from service.labels import match_labels, parse_labels
-from service.schemas import Head, HeadAccepted, HeadComparison, HeadPage, HeadTraining, Text
+from service.schemas.base import Text
+from service.schemas.heads import Head, HeadAccepted, HeadComparison, HeadPage, HeadTraining
 from service.splits import splits_of
 
 router = APIRouter(prefix="/v1/heads", tags=["heads"])

@@ -7,7 +7,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.deps import QueueDep, SettingsDep, StoresDep
 from service.errors import BrokerDown
-from service.schemas import Health, Readiness
+from service.schemas.health import Health, Readiness
 from service.storage.tables import now
 
 router = APIRouter(tags=["health"])

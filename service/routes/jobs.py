@@ -8,7 +8,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from service.deps import StoresDep
-from service.schemas import Job, JobSeries, JobState, Text
+from service.schemas.base import Text
+from service.schemas.jobs import Job, JobSeries, JobState
 from service.storage.stores import Stores
 from service.storage.tables import HeadRow
 

@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field
 from models.heads.explain import APART_MM, DRAWS, REMOVED_SHARE
 from service.deps import HeadsDep, StoresDep
 from service.explanations import Explained, explain_again, explain_patient, explain_series
-from service.schemas import Attention, Instance, Predictions, Text
+from service.schemas.base import Text
+from service.schemas.predictions import Attention, Instance, Predictions
 
 router = APIRouter(prefix="/v1", tags=["predictions"])
 

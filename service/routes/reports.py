@@ -6,7 +6,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from service.deps import StoresDep
 from service.report.card import model_card
 from service.report.page import page
-from service.schemas import Text
+from service.schemas.base import Text
 
 router = APIRouter(prefix="/v1/heads", tags=["heads"])
 

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from service.deps import EncodersDep, SettingsDep, StoresDep
 from service.errors import BadQuery, SliceNotFound, WindowNotFound
-from service.schemas import Filters, Hit, SearchAnswer, SearchRequest
+from service.schemas.search import Filters, Hit, SearchAnswer, SearchRequest
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
 

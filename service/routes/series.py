@@ -15,7 +15,8 @@ from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep
 from service.errors import NotEmbeddedYet, SliceNotFound, WindowNotFound
 from service.intake import Intake, take_in
 from service.queue import Queue
-from service.schemas import FileSetAside, Series, SeriesPage, SeriesReceived, State, Text, UploadReceived
+from service.schemas.base import Text
+from service.schemas.series import FileSetAside, Series, SeriesPage, SeriesReceived, State, UploadReceived
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
 from service.uploads import FIELD, receive_files, staging
