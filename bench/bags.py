@@ -45,6 +45,8 @@ class Bag:
 class Ground:
     """One real series to plant into; its tissue is found once."""
 
+    kept_as = ""  # before the name under which its bags are stored
+
     def __init__(self, series: Series) -> None:
         self.series = series
         step = max(1, round(STEP_MM / series.spacing_mm[0]))
@@ -66,6 +68,20 @@ class Ground:
         first = int(random.integers(len(every) - length + 1))
         chosen = every[first : first + length]
         return chosen[~np.isin(chosen, self.series.suspect_slices)]
+
+
+class WholeSeries(Ground):
+    """The same, where every bag is the whole series, without the slices that show a real nodule."""
+
+    kept_as = "whole-"
+
+    def __init__(self, series: Series) -> None:
+        super().__init__(series)
+        self.step, self.spacing_mm = 1, series.spacing_mm
+
+    def slices(self, random: np.random.Generator) -> NDArray[np.int64]:
+        every = np.arange(len(self.series.hu))
+        return every[~np.isin(every, self.series.suspect_slices)]
 
 
 def make_bags(ground: Ground, count: int, random: np.random.Generator, donors: Sequence[Nodule] = ()) -> list[Bag]:
@@ -136,7 +152,7 @@ def kept_bags(path: Path, make: Callable[[], list[Bag]]) -> list[Bag]:
         return [Bag(**each, planted=stored.get(f"hu{k}")) for k, each in enumerate(facts)]
 
 
-def plan_name(series: str, seed: int, count: int, donors: Sequence[Nodule]) -> str:
+def plan_name(ground: Ground, seed: int, count: int, donors: Sequence[Nodule]) -> str:
     """The name under which bags are stored: everything that decides them."""
     names = "+".join(donor.patient for donor in donors)
-    return f"recipe{RECIPE}-{series}-seed{seed}-bags{count}{'-' if names else ''}{names}"
+    return f"{ground.kept_as}recipe{RECIPE}-{ground.series.name}-seed{seed}-bags{count}{'-' if names else ''}{names}"

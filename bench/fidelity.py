@@ -57,6 +57,9 @@ def main(
     seeds: Annotated[int, typer.Option(help="Of planting, bags, probes and heads.")] = 3,
     folds: Annotated[int, typer.Option(help="Groups of patients that are held out together.")] = 3,
     quick: Annotated[bool, typer.Option(help="One seed and few bags: to see that it runs.")] = False,
+    measured: Annotated[
+        Path | None, typer.Option(help="What was measured before, not to be measured again; in the cache if none.")
+    ] = None,
 ) -> None:
     """Measure the encoders and print their figures."""
     entries = chosen(league(cache, CONFIGS), encoders)
@@ -68,9 +71,9 @@ def main(
         progress.update(planting, total=1, completed=1)
         every = progress.add_task("all encoders", total=len(entries) * folds * len(numbers))
         step = partial(progress.advance, every)
-        measured = {each.name: _one(each, material, cache, progress, step) for each in entries}
-    report(measured)
-    print(json.dumps(last_line(measured)))
+        found = {each.name: _one(each, material, cache, progress, step, measured) for each in entries}
+    report(found)
+    print(json.dumps(last_line(found)))
 
 
 def last_line(measured: dict[str, Measured]) -> dict[str, Any]:
@@ -90,11 +93,13 @@ def chosen(entries: list[Entry], names: str) -> list[Entry]:
     return [entry for entry in entries if not entry.absent and (not asked or entry.name in asked)]
 
 
-def _one(entry: Entry, material: Material, cache: Path, progress: Progress, stepped: Any) -> Measured:
+def _one(
+    entry: Entry, material: Material, cache: Path, progress: Progress, stepped: Any, measured: Path | None
+) -> Measured:
     """The entry's figures, said in one line as soon as they are there."""
     task = progress.add_task(f"{entry.name}: slices", total=slices_to_embed(material))
     try:
-        found = measure(entry, material, cache, lambda done: progress.advance(task, done), stepped)
+        found = measure(entry, material, cache, lambda done: progress.advance(task, done), stepped, measured)
     finally:
         progress.remove_task(task)
     figures = found.figures()

@@ -7,14 +7,14 @@ from bench.patients import NEVER_TRAINED_ON, keys
 from models.exported import exported
 from models.lecl.config import ArchiveConfig, Config, read_config
 from models.lecl.train import pretrain
-from models.load import Encoder, load_encoder
+from models.specs import EncoderSpec
 
 
-def train_fold(config: Path, held_out: frozenset[str], cache: Path) -> Encoder:
+def train_fold(config: Path, held_out: frozenset[str], cache: Path) -> EncoderSpec:
     """The encoder that this configuration gives on every patient of the data but those held out.
 
-    `held_out` names patients as bench/patients.py does: the folder of a volume, or `single-<number>`. Training is
-    resumed from `cache` where it was cut off, and not repeated where it is done.
+    `held_out` names patients as bench/patients.py does: the folder of a volume, or `single-<number>`. Its weights are
+    in `cache / "weights"`. Training is resumed where it was cut off, and not repeated where it is done.
     """
     known = keys(cache / "unpacked")
     left_out = sorted(key for name in held_out - NEVER_TRAINED_ON for key in known[name])
@@ -22,7 +22,7 @@ def train_fold(config: Path, held_out: frozenset[str], cache: Path) -> Encoder:
     name, weights = f"{config.stem}_{digest[:12]}", cache / "weights"
     if name not in exported(weights):
         pretrain(_without(read_config(config), left_out, name, cache), weights, export=name)
-    return load_encoder(exported(weights)[name], weights)
+    return exported(weights)[name]
 
 
 def _without(config: Config, left_out: list[str], name: str, cache: Path) -> Config:

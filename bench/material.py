@@ -7,7 +7,7 @@ from zlib import crc32
 
 import numpy as np
 
-from bench.bags import Bag, Ground, kept_bags, make_bags, plan_name
+from bench.bags import Bag, Ground, WholeSeries, kept_bags, make_bags, plan_name
 from bench.patients import Series, Single, read_singles, read_volumes
 from bench.regions import Axis, lung_axis
 
@@ -33,19 +33,21 @@ class Material:
 def gather(
     data: Path, cache: Path, folds: int, seeds: Sequence[int], bags: int, on_series: Callable[[], None]
 ) -> Material:
-    """Everything read and planted; `on_series()` is called after each series of each seed."""
-    series = read_volumes(data, cache / "unpacked")
-    singles = read_singles(data, cache / "unpacked")
-    groups = dealt([each.patient for each in series], folds, [each.patient for each in singles])
+    """Everything read and planted, runs of slices as bags; `on_series()` is called after each series of each seed."""
+    series, singles, groups = _patients(data, cache, folds)
     grounds = [Ground(each) for each in series]
-    plans: dict[int, list[Plan]] = {}
-    for seed in seeds:
-        plans[seed] = []
-        for ground in grounds:
-            plans[seed].append(_plan(ground, series, groups, seed, bags, cache))
-            on_series()
+    plans = _plans(grounds, groups, seeds, bags, cache, on_series)
     axes = {each.series.name: axis for each in grounds if (axis := lung_axis(each.series, each.tissue))}
     return Material(series, singles, groups, plans, axes)
+
+
+def gather_whole(
+    data: Path, cache: Path, folds: int, seeds: Sequence[int], bags: int, on_series: Callable[[], None]
+) -> Material:
+    """The same patients in the same folds, whole series as bags; without axes, which take long to find."""
+    series, singles, groups = _patients(data, cache, folds)
+    plans = _plans([WholeSeries(each) for each in series], groups, seeds, bags, cache, on_series)
+    return Material(series, singles, groups, plans, {})
 
 
 def dealt(volumes: Sequence[str], folds: int, singles: Sequence[str]) -> list[frozenset[str]]:
@@ -57,6 +59,29 @@ def dealt(volumes: Sequence[str], folds: int, singles: Sequence[str]) -> list[fr
     return [frozenset(group) for group in groups]
 
 
+def _patients(data: Path, cache: Path, folds: int) -> tuple[list[Series], list[Single], list[frozenset[str]]]:
+    series = read_volumes(data, cache / "unpacked")
+    singles = read_singles(data, cache / "unpacked")
+    return series, singles, dealt([each.patient for each in series], folds, [each.patient for each in singles])
+
+
+def _plans(
+    grounds: Sequence[Ground],
+    folds: Sequence[frozenset[str]],
+    seeds: Sequence[int],
+    bags: int,
+    cache: Path,
+    on_series: Callable[[], None],
+) -> dict[int, list[Plan]]:
+    plans: dict[int, list[Plan]] = {}
+    for seed in seeds:
+        plans[seed] = []
+        for ground in grounds:
+            plans[seed].append(_plan(ground, [each.series for each in grounds], folds, seed, bags, cache))
+            on_series()
+    return plans
+
+
 def _plan(
     ground: Ground, series: Sequence[Series], folds: Sequence[frozenset[str]], seed: int, bags: int, cache: Path
 ) -> Plan:
@@ -66,7 +91,7 @@ def _plan(
     # A nodule from another fold would have been seen, in its own patient, by whoever is tested on it here.
     donors = [each.nodule for each in series if each.nodule and each.patient in own and each.patient != patient]
     count = bags // sum(each.patient == patient for each in series)
-    name = plan_name(ground.series.name, seed, count, donors)
+    name = plan_name(ground, seed, count, donors)
     random = np.random.default_rng([seed, crc32(ground.series.name.encode())])
     made = kept_bags(cache / "bags" / f"{name}.npz", lambda: make_bags(ground, count, random, donors))
     return Plan(name, ground.series, made)

@@ -1,8 +1,11 @@
 """The figures of one encoder: every patient measured by an encoder and heads that never saw them."""
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,10 @@ from bench.embeddings import Embeddings
 from bench.entries import Entry
 from bench.intervals import Figure, auroc, mean, ratio
 from bench.material import Material, Plan
-from bench.pooling import Embedded, Head, chance_of_hit, hit, mass_over_uniform, pooled_scores, rank, trained
+from bench.pooling import OPTIONS, Embedded, Head, chance_of_hit, hit, mass_over_uniform, pooled_scores, rank, trained
 from bench.probe import probe_scores
 from bench.regions import region_errors
+from bench.unseen import RECIPE
 
 TASKS = ("conspicuous", "all")
 FIRST = (1, 5)
@@ -47,6 +51,34 @@ class Measured:
         self.values: dict[str, list[tuple[str, float]]] = defaultdict(list)  # by figure: patient, value
         self.ranks: dict[str, list[int]] = defaultdict(list)  # by patient with a real nodule: one a seed
 
+    def add(self, other: "Measured") -> None:
+        """The cases of another fold or seed."""
+        for name, rows in other.rows.items():
+            for mine, more in zip(vars(self.rows[name]).values(), vars(rows).values(), strict=True):
+                mine.extend(more)
+        for name, values in other.values.items():
+            self.values[name] += values
+        for patient, ranks in other.ranks.items():
+            self.ranks[patient] += ranks
+
+    def write(self, path: Path) -> None:
+        """As JSON, scores to six digits."""
+        rows = {
+            name: vars(each) | {"score": [float(f"{x:.6g}") for x in each.score]} for name, each in self.rows.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"rows": rows, "values": self.values, "ranks": self.ranks}))
+        partial.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Measured":
+        said, answer = json.loads(path.read_text()), cls()
+        answer.rows.update({name: Rows(**each) for name, each in said["rows"].items()})
+        answer.values.update({name: [(who, value) for who, value in each] for name, each in said["values"].items()})
+        answer.ranks.update(said["ranks"])
+        return answer
+
     def figures(self) -> dict[str, Figure]:
         """By name: AUROC and means over cases, with intervals by patient."""
         found = {name: rows.auroc() for name, rows in self.rows.items()}
@@ -60,61 +92,115 @@ class Measured:
 
 
 def measure(
-    entry: Entry, material: Material, cache: Path, noted: Callable[[int], None], stepped: Callable[[], None]
+    entry: Entry,
+    material: Material,
+    cache: Path,
+    noted: Callable[[int], None],
+    stepped: Callable[[], None],
+    measured: Path | None = None,
 ) -> Measured:
-    """Everything of one encoder. `noted` hears of slices embedded, `stepped` of each fold of each seed done."""
-    answer = Measured()
+    """Everything of one encoder. `noted` hears of slices embedded, `stepped` of each fold of each seed done.
+
+    What `measured`, a folder of the cache unless it is given, holds of an earlier run is not measured again: then its
+    encoder is not even trained.
+    """
+    answer, folder = Measured(), measured or cache / "measured"
     for number, held_out in enumerate(material.folds):
-        embeddings = Embeddings(entry.encoder(held_out), cache, noted)
+        opened = Opened(entry, held_out, cache, noted)
         for seed, plans in material.plans.items():
-            _planted(answer, embeddings, plans, held_out, seed, f"{number}/{seed}", material)
+            said = [entry.name, entry.recipe, sorted(held_out), seed, [plan.name for plan in plans]]
+            run = partial(_planted, opened.embeddings, plans, held_out, seed, f"{number}/{seed}", material)
+            answer.add(kept_measures(folder / name_of(f"{entry.name}-{number}-seed{seed}", said), run))
             stepped()
-        _contrast(answer, embeddings, material, held_out, str(number))
-        _regions(answer, embeddings, material, held_out)
+        said = [entry.name, entry.recipe, sorted(held_out), sorted(material.axes)]
+        run = partial(_real, opened.embeddings, material, held_out, str(number))
+        answer.add(kept_measures(folder / name_of(f"{entry.name}-{number}-real", said), run))
     return answer
 
 
+class Opened:
+    """The embeddings by an encoder that never saw some patients; it is made, or trained, when they are asked for."""
+
+    def __init__(self, entry: Entry, held_out: frozenset[str], cache: Path, noted: Callable[[int], None]) -> None:
+        self._open = lambda: Embeddings(entry.encoder(held_out), cache, noted)
+        self._opened: Embeddings | None = None
+
+    def embeddings(self) -> Embeddings:
+        self._opened = self._opened or self._open()
+        return self._opened
+
+
+def name_of(part: str, said: list[Any]) -> str:
+    """The file of a part of the measures: everything that decides them."""
+    decided = json.dumps([RECIPE, vars(OPTIONS), *said], sort_keys=True)
+    return f"{part}-{hashlib.sha256(decided.encode()).hexdigest()[:12]}.json"
+
+
+def kept_measures(path: Path, run: Callable[[Measured], None]) -> Measured:
+    """What `run` adds to nothing, or what it added when it ran before."""
+    if path.is_file():
+        return Measured.read(path)
+    answer = Measured()
+    run(answer)
+    answer.write(path)
+    return Measured.read(path)
+
+
 def _planted(
-    answer: Measured,
-    embeddings: Embeddings,
+    opened: Callable[[], Embeddings],
     plans: list[Plan],
     held_out: frozenset[str],
     seed: int,
     run: str,
     material: Material,
+    answer: Measured,
 ) -> None:
     """Slices and bags with planted lesions, of one seed and one fold."""
-    train, test = _bags(embeddings, plans, held_out)
+    embeddings = opened()
+    train, test = split(embeddings, plans, held_out)
     slices = {plan.series.name: _slices(embeddings, plan) for plan in plans}
     for task in TASKS:
-        wanted = [bag for bag in train if _asked(bag, task)]
-        asked = [bag for bag in test if _asked(bag, task)]
         _slice_probe(answer, slices, plans, held_out, seed, run, task)
-        if not any(bag.positive for bag in asked):
-            continue
-        head = trained(wanted, seed)
-        truth, patients = [bag.positive for bag in asked], [bag.patient for bag in asked]
-        read = [head.read(bag.features) for bag in asked]
-        answer.rows[f"abmil_auroc/{task}"].add(truth, [probability for probability, _ in read], patients, run)
-        for how in ("mean", "max"):
-            answer.rows[f"{how}_auroc/{task}"].add(
-                truth, pooled_scores(how, wanted, asked, seed).tolist(), patients, run
-            )
-        for bag, (_, attention) in zip(asked, read, strict=True):
-            if bag.positive:
-                _attention(answer, bag, attention, task)
-        if task == "conspicuous":
-            _real_nodules(answer, embeddings, head, material, held_out)
+        head = measure_bags(answer, train, test, seed, run, task)
+        if head and task == "conspicuous":
+            real_nodules(answer, embeddings, head, material, held_out)
 
 
-def _asked(bag: Embedded, task: str) -> bool:
+def _real(
+    opened: Callable[[], Embeddings], material: Material, held_out: frozenset[str], run: str, answer: Measured
+) -> None:
+    """Nothing planted: contrast agent, and regions of the body."""
+    _contrast(answer, opened(), material, held_out, run)
+    _regions(answer, opened(), material, held_out)
+
+
+def measure_bags(
+    answer: Measured, train: Sequence[Embedded], test: Sequence[Embedded], seed: int, run: str, task: str
+) -> Head | None:
+    """What heads of one task, trained on `train`, make of `test`; the attention head, or None if nothing is asked."""
+    wanted, asked = ([bag for bag in side if is_asked(bag, task)] for side in (train, test))
+    if not any(bag.positive for bag in asked):
+        return None
+    head = trained(wanted, seed)
+    truth, patients = [bag.positive for bag in asked], [bag.patient for bag in asked]
+    read = [head.read(bag.features) for bag in asked]
+    answer.rows[f"abmil_auroc/{task}"].add(truth, [probability for probability, _ in read], patients, run)
+    for how in ("mean", "max"):
+        answer.rows[f"{how}_auroc/{task}"].add(truth, pooled_scores(how, wanted, asked, seed).tolist(), patients, run)
+    for bag, (_, attention) in zip(asked, read, strict=True):
+        if bag.positive:
+            _attention(answer, bag, attention, task)
+    return head
+
+
+def is_asked(bag: Embedded, task: str) -> bool:
     return bag.conspicuous or task == "all"
 
 
-def _bags(
+def split(
     embeddings: Embeddings, plans: Sequence[Plan], held_out: frozenset[str]
 ) -> tuple[list[Embedded], list[Embedded]]:
-    """Bags of the other patients, and of those held out."""
+    """Bags of the other patients, and of those held out; either in the order of the plans."""
     train, test = [], []
     for plan in plans:
         side = test if plan.series.patient in held_out else train
@@ -166,7 +252,7 @@ def _attention(answer: Measured, bag: Embedded, attention: Any, task: str) -> No
     answer.values[f"lesion_mass_over_uniform/{task}"].append((bag.patient, mass_over_uniform(attention, bag.lesion)))
 
 
-def _real_nodules(
+def real_nodules(
     answer: Measured, embeddings: Embeddings, head: Head, material: Material, held_out: frozenset[str]
 ) -> None:
     """Where the real nodule comes in the whole series, by attention."""

@@ -122,7 +122,8 @@ def _lesion_lite(network: Any, images: Tensor) -> Pooled:
     whole = look.blocks(look.stem(functional.avg_pool2d(images, 2))).relu()[0]  # (320, H/64, W/64)
     cells, _ = network.map_and_embedding(images)
     weights = network.evidence(cells)[0].double().flatten().softmax(dim=0).reshape(cells.shape[2:])
-    return Pooled([_mean(whole), (cells[0], weights)], nn.Identity())
+    say = network.say(torch.einsum("chw,hw->c", cells[0], weights.float())[None])[0, 0]
+    return Pooled([_mean(whole), (cells[0], say * weights)], nn.Identity())
 
 
 POOLED: dict[str, Callable[[Any, Tensor], Pooled]] = {

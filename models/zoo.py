@@ -38,7 +38,11 @@ LESION_LITE = EncoderSpec(
     name="lesion_lite",
     family="lesion_lite",
     network="tf_efficientnet_lite0",
-    weights=Weights(source="file", locator="lesion_lite"),
+    weights=Weights(
+        source="package",
+        locator="models/weights/lesion_lite.safetensors",
+        sha256="41523cc7beaa1b28b2a1913822708a9d109a307badc12667b5b6a479e2c7e46f",
+    ),
     licence="Apache-2.0",
     dim=576,
     input_size=384,

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -15,7 +16,7 @@ from bench.entries import Entry, Histogram
 from bench.fidelity import summary
 from bench.intervals import auroc, mean, ratio
 from bench.material import Material, Plan, dealt
-from bench.measure import measure
+from bench.measure import Measured, Rows, kept_measures, measure, name_of
 from bench.patients import Series, Single
 from bench.pooling import chance_of_hit, hit, mass_over_uniform, rank
 from bench.probe import STRENGTHS, probe_scores
@@ -255,3 +256,42 @@ def test_a_whole_run_asks_for_encoders_that_never_saw_the_patients(series, plans
     assert figures["contrast_auroc"] > 0.9
     assert figures["region_error_mm"] < figures["chance_region_error_mm"]
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_what_was_measured_is_not_measured_again_unless_something_that_decides_it_is_another(tmp_path):
+    held_out, asked = frozenset("A"), []
+
+    def encoder(patients):
+        asked.append(patients)
+        raise LookupError
+
+    def run(answer):
+        answer.rows["probe_auroc/all"].add([True, False], [1 / 3, 0.25], ["A", "B"], "0/0")
+        answer.values["hit_at_1/all"].append(("A", 1.0))
+        answer.ranks["A"].append(3)
+
+    entry = Entry("tried", encoder, recipe="steps = 1")
+    material = Material([], [], [held_out], {}, {})
+    part = tmp_path / name_of("tried-0-real", ["tried", "steps = 1", ["A"], []])
+    kept_measures(part, run)
+
+    found = measure(entry, material, tmp_path, lambda done: None, lambda: None, tmp_path)
+
+    assert asked == []
+    assert found.rows["probe_auroc/all"] == Rows([True, False], [0.333333, 0.25], ["A", "B"], ["0/0", "0/0"])
+    assert (found.values["hit_at_1/all"], found.ranks["A"]) == ([("A", 1.0)], [3])
+    for other in (replace(entry, recipe="steps = 2"), replace(entry, name="other")):
+        with pytest.raises(LookupError):
+            measure(other, material, tmp_path, lambda done: None, lambda: None, tmp_path)
+
+
+def test_measures_of_folds_add_up():
+    one, two = Measured(), Measured()
+    one.rows["auroc"].add([True], [0.5], ["A"], "0")
+    two.rows["auroc"].add([False], [0.25], ["B"], "1")
+    two.values["hit"].append(("B", 1.0))
+
+    one.add(two)
+
+    assert one.rows["auroc"] == Rows([True, False], [0.5, 0.25], ["A", "B"], ["0", "1"])
+    assert one.values["hit"] == [("B", 1.0)]

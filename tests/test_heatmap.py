@@ -92,6 +92,7 @@ class TestDecomposition:
                 cells, _ = network.network.map_and_embedding(images)
                 raised = (network.network.evidence(cells)[0, 0]).double().exp()
                 fine, toward, shares = cells[0].double(), gradient[320:], raised / raised.sum()
+                shares *= network.network.say((fine * shares).sum(dim=(1, 2)).float()[None])[0, 0]
 
         found = heat_map(spec, network, picture, gradient)
 

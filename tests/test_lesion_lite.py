@@ -58,7 +58,21 @@ def test_the_embedding_is_the_whole_slices_mean_beside_the_cells_weighed_by_thei
         mean = sum(small[slice, :, row, column].clamp(min=0) for row in range(1) for column in range(2)) / 2
         torch.testing.assert_close(embedding[slice], torch.cat([mean, attended]), rtol=1e-4, atol=1e-5)
         assert max(shares) > 2 / len(shares)  # an even mean would not do
-    assert torch.equal(network(images), embedding)
+
+
+@torch.inference_mode()
+def test_the_attended_half_counts_as_much_as_a_lesion_is_likely_where_it_looked(network):
+    images = pictures(2)
+    _, plain = network.map_and_embedding(images)
+
+    embedding = network(images)
+
+    assert torch.equal(embedding[:, :320], plain[:, :320])
+    weight, bias = network.evidence.weight[0, :, 0, 0], network.evidence.bias[0]
+    for slice in range(2):
+        likely = 1 / (1 + math.exp(-float((plain[slice, 320:] * weight).sum() + bias)))
+        expected = 0.5 * (0.25 + 0.75 * likely) * plain[slice, 320:]
+        torch.testing.assert_close(embedding[slice, 320:], expected, rtol=1e-4, atol=1e-6)
 
 
 @torch.inference_mode()

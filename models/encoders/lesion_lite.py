@@ -17,6 +17,8 @@ FINE = 4  # the block after which a map has a sixteenth of the input's side; the
 FINE_CHANNELS, COARSE_CHANNELS = 112, 320
 CHANNELS = 256  # of the map that is looked at for lesions
 UNLIKELY = -3.0  # the evidence's first bias: few cells hold a lesion
+FAINTEST = 0.25  # what is left of the attended half where there is no evidence of a lesion
+QUIETER = 0.5  # of the attended half: by cosine, slices are alike first by what they show, then by their lesions
 
 
 class WholeSlice(nn.Module):
@@ -41,7 +43,11 @@ class WholeSlice(nn.Module):
 
 
 class LesionLite(nn.Module):
-    """The embedding is the whole slice's mean (320) beside the attended mean of the fine map (256)."""
+    """The embedding is the whole slice's mean (320) beside the attended mean of the fine map (256).
+
+    Training sees both as they are; an embedding has the second weighed by the evidence found, for where there is no
+    lesion it says what looked most like one.
+    """
 
     def __init__(self, trunk: str) -> None:
         super().__init__()
@@ -57,10 +63,17 @@ class LesionLite(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> (B, 576)."""
-        return self.map_and_embedding(images)[1]
+        _, embedding = self.map_and_embedding(images)
+        whole, attended = embedding[:, :COARSE_CHANNELS], embedding[:, COARSE_CHANNELS:]
+        return torch.cat([whole, self.say(attended) * attended], dim=1)
+
+    def say(self, attended: Tensor) -> Tensor:
+        """(B, 256) -> (B, 1): how much the attended half counts, by how likely there is a lesion where it looked."""
+        likely: Tensor = self.evidence(attended[:, :, None, None]).flatten(1).sigmoid()  # linear: that of the cells
+        return QUIETER * (FAINTEST + (1 - FAINTEST) * likely)
 
     def map_and_embedding(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 3, H, W) -> the fine map (B, 256, H/16, W/16), the embedding (B, 576)."""
+        """images (B, 3, H, W) -> the fine map (B, 256, H/16, W/16), the embedding (B, 576) with its whole say."""
         x = self.stem(images)
         for number, block in enumerate(self.blocks):
             x = block(x)
