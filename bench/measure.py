@@ -1,5 +1,6 @@
 """The figures of one encoder: every patient measured by an encoder and heads that never saw them."""
 
+import gzip
 import hashlib
 import json
 from collections import defaultdict
@@ -62,18 +63,19 @@ class Measured:
             self.ranks[patient] += ranks
 
     def write(self, path: Path) -> None:
-        """As JSON, scores to six digits."""
+        """As JSON, scores to six digits, and zipped."""
         rows = {
             name: vars(each) | {"score": [float(f"{x:.6g}") for x in each.score]} for name, each in self.rows.items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"rows": rows, "values": self.values, "ranks": self.ranks}))
+        said = json.dumps({"rows": rows, "values": self.values, "ranks": self.ranks})
+        partial.write_bytes(gzip.compress(said.encode(), mtime=0))
         partial.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> "Measured":
-        said, answer = json.loads(path.read_text()), cls()
+        said, answer = json.loads(gzip.decompress(path.read_bytes())), cls()
         answer.rows.update({name: Rows(**each) for name, each in said["rows"].items()})
         answer.values.update({name: [(who, value) for who, value in each] for name, each in said["values"].items()})
         answer.ranks.update(said["ranks"])
@@ -133,7 +135,7 @@ class Opened:
 def name_of(part: str, said: list[Any]) -> str:
     """The file of a part of the measures: everything that decides them."""
     decided = json.dumps([RECIPE, vars(OPTIONS), *said], sort_keys=True)
-    return f"{part}-{hashlib.sha256(decided.encode()).hexdigest()[:12]}.json"
+    return f"{part}-{hashlib.sha256(decided.encode()).hexdigest()[:12]}.json.gz"
 
 
 def kept_measures(path: Path, run: Callable[[Measured], None]) -> Measured:
