@@ -1,9 +1,9 @@
 """Whether attention finds lesions: in whole series of real CT, on patients that neither encoder nor head has seen.
 
 Lesions of a recipe that no training used are planted on at most a tenth of a series' slices; docs/benchmarks.md says
-how each figure is defined. The service's default encoder, the one trained here and
-ImageNet's Lite0 are measured side by side. Prints tables, and as its
-last line JSON. A second run reads what the cache holds, which may be that of bench/fidelity.py.
+how each figure is defined. The service's default encoder, the one trained here and ImageNet's Lite0 are measured side by
+side. Prints tables, and as its last line JSON. A second run reads what the cache holds, which may be that of
+bench/fidelity.py.
 
     python bench/attention.py
 """
@@ -170,9 +170,14 @@ def _windows(
     """Whether the attention on a lesion's slices is largest at its right window: over all, and by that window."""
     for bag, wanted in zip(bags, right, strict=True):
         if wanted and is_asked(bag, task):
-            chosen = windows[int(by_window(head, bag.features)[list(bag.lesion)].sum(axis=0).argmax())]
+            chosen = chosen_window(by_window(head, bag.features), bag.lesion, windows)
             for name in ("window_right", f"window_right_{wanted.name}"):
                 answer.values[f"{name}/{task}"].append((bag.patient, float(chosen == wanted)))
+
+
+def chosen_window(attention: NDArray[np.float64], lesion: Sequence[int], windows: Sequence[Window]) -> Window:
+    """Where most of the attention (slices, windows) on the lesion's slices lies, wherever that on other slices does."""
+    return windows[int(attention[list(lesion)].sum(axis=0).argmax())]
 
 
 def by_window(head: Head, features: Floats) -> NDArray[np.float64]:
@@ -184,7 +189,7 @@ def by_window(head: Head, features: Floats) -> NDArray[np.float64]:
 
 
 def last_line(measured: dict[str, Measured]) -> dict[str, Any]:
-    """The figures of the default encoder, those of either under `encoders`."""
+    """The figures of the default encoder, everybody's under `encoders`."""
     found = {name: summary(each) for name, each in measured.items()}
     return {"encoder": DEFAULT, **found[DEFAULT], "encoders": found}
 
@@ -212,8 +217,8 @@ def _title(found: Measured, task: str) -> str:
         len(found.values[f"{name}/{task}"]) for name in ("hit_at_1", "window_right_abdomen", "window_right_lung")
     )
     return (
-        f"{lesions} {task} lesions, {windowed[0]} clearer at the abdomen and {windowed[1]} at the lung window; "
-        "patients never seen [95 % interval by patient]"
+        f"{task}: {lesions} lesions, {windowed[0]} clearer at the abdomen and {windowed[1]} at the lung window, "
+        "in patients never seen [95 % interval by patient]"
     )
 
 

@@ -343,7 +343,7 @@ def test_a_decoys_mean_is_nearly_that_of_what_was_there(tissue):
 
 def test_a_decoy_needs_a_second_place_of_the_same_mean():
     rows, columns = np.mgrid[:64, :64]
-    steep = (100.0 * rows + 3.0 * columns)[None].astype(np.float32)  # HU
+    steep = (6400.0 * rows + 100.0 * columns)[None].astype(np.float32)  # HU; no two places are alike
 
     for seed in range(20):
         assert decoy(steep, FINE, np.random.default_rng(seed), labels=np.full((64, 64), Tissue.SOFT, np.uint8)) is None
