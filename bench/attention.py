@@ -1,8 +1,8 @@
 """Whether attention finds lesions: in whole series of real CT, on patients that neither encoder nor head has seen.
 
 Lesions of a recipe that no training used are planted on at most a tenth of a series' slices; docs/benchmarks.md says
-how each figure is defined. The service's default encoder, the one trained here and ImageNet's Lite0 are measured side by
-side. Prints tables, and as its last line JSON. A second run reads what the cache holds, which may be that of
+how each figure is defined. The service's default encoder, the one trained here and ImageNet's Lite0 are measured side
+by side. Prints tables, and as its last line JSON. A second run reads what the cache holds, which may be that of
 bench/fidelity.py.
 
     python bench/attention.py

@@ -11,6 +11,7 @@ from bench.attention import (
     CONFIGS,
     LITE0,
     by_window,
+    chosen_window,
     entrants,
     last_line,
     measure_attention,
@@ -114,6 +115,13 @@ def test_the_right_window_is_where_the_picture_changes_most(before, after, windo
     assert right_window(bag, series, (ABDOMEN, LUNG)) == WINDOWS.get(window)
     assert right_window(bag, series, (LUNG, ABDOMEN)) == WINDOWS.get(window)
     assert right_window(replace(bag, lesion=(), changed=(), planted=None), series, (ABDOMEN, LUNG)) is None
+
+
+def test_the_chosen_window_has_most_of_the_attention_on_the_lesion():
+    attention = np.array([[0.5, 0.1], [0.1, 0.0], [0.0, 0.2], [0.1, 0.0]])  # (slices, windows)
+
+    assert chosen_window(attention, (1, 2), (ABDOMEN, LUNG)) == LUNG
+    assert chosen_window(attention, (3,), (ABDOMEN, LUNG)) == ABDOMEN
 
 
 def test_attention_by_window_sums_to_that_by_slice_and_is_its_networks_own():
