@@ -1,14 +1,10 @@
 """The `keyslice` command: parse, one call, print."""
 
 import logging
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, get_args
 
 import typer
-from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from models.heads.options import Baseline, HeadOptions, Network, Protocol, Task
@@ -16,6 +12,7 @@ from models.modes import COSINE, Mode, in_mode
 from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence
 from models.zoo import encoders as all_encoders
 from service.settings import Settings
+from service.terminal import Service, asked, console, fail, read_settings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=True, help="An embedding feature store for CT. Research use only."
@@ -25,7 +22,6 @@ encoders = typer.Typer(help="List encoders, measure how to run them, verify them
 app.add_typer(encoders, name="encoders")
 heads = typer.Typer(help="List the running service's heads, promote a version.")
 app.add_typer(heads, name="heads")
-Service = Annotated[str | None, typer.Option(help="the service's address; that of the settings if none")]
 
 
 @app.command(epilog="Example: KEYSLICE_PORT=9000 keyslice up")
@@ -36,9 +32,9 @@ def up() -> None:
 
     logging.basicConfig(level=logging.INFO, format="keyslice: %(message)s")
     try:
-        run(_settings())
+        run(read_settings())
     except CannotStart as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command(epilog="Example: keyslice demo ~/ct/series.tar.xz --oneshot")
@@ -54,11 +50,11 @@ def demo(
     from service.embedded import CannotStart
 
     if series is not None and not series.exists():
-        _fail(f"no such file or directory: {series}")
+        fail(f"no such file or directory: {series}")
     try:
-        run(_settings(), series, oneshot=oneshot)
+        run(read_settings(), series, oneshot=oneshot)
     except (DemoFailed, CannotStart) as error:
-        _fail(str(error), status=1)
+        fail(str(error), status=1)
 
 
 @app.command(epilog="Example: keyslice fetch mambaout_tiny --revision <40-digit commit>")
@@ -73,7 +69,7 @@ def fetch(
     try:
         typer.echo(fetch_weights(spec, revision, settings.weights_path))
     except CannotFetch as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command(epilog="Example: keyslice pretrain --config run.toml --max-minutes 30")
@@ -97,7 +93,7 @@ def pretrain(
     try:
         wanted = read_config(config)
     except BadConfig as error:
-        _fail(str(error))
+        fail(str(error))
     settings, base = _encoder(wanted.encoder.base)
     if wanted.encoder.start == "pretrained":
         _permitted(base.name)
@@ -114,7 +110,7 @@ def pretrain(
             command=f"keyslice pretrain --config {config}",
         )
     except ERRORS as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command(epilog="Example: keyslice train labels.csv --protocol nested --baseline mean --output head.json")
@@ -161,7 +157,7 @@ def list_heads(context: typer.Context, service: Service = None) -> None:
         from service.training import heads_table
         from service.training import list_heads as every
 
-        _console().print(heads_table(_asked(service, every)))
+        console().print(heads_table(asked(service, every)))
 
 
 @heads.command(epilog="Example: keyslice heads promote nodules@2")
@@ -172,7 +168,7 @@ def promote(
     """From now on the head's name alone means this version."""
     from service.training import promote as run
 
-    found = _asked(service, lambda http: run(http, head))
+    found = asked(service, lambda http: run(http, head))
     typer.echo(f"{found['name']} is version {found['version']}, head {found['head_id']}")
 
 
@@ -186,7 +182,7 @@ def list_encoders(
     from service.deps import EncoderNames
     from service.routes.encoders import described
 
-    settings = _settings()
+    settings = read_settings()
     found = described(EncoderNames(settings), settings)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
@@ -200,7 +196,7 @@ def list_encoders(
             each.licence + ("" if each.permitted else "; needs KEYSLICE_NONCOMMERCIAL=true"),
             f"{each.encoder_id}, {each.runtime} {each.precision}" if each.encoder_id else f"not here; {each.source}",
         )
-    _console().print(table)
+    console().print(table)
     typer.echo(
         f"Weights that are not here: `keyslice fetch NAME --revision COMMIT` brings a hub's; or put NAME with one of "
         f"{' '.join(SUFFIXES)} into {settings.weights_path}."
@@ -220,7 +216,7 @@ def calibrate(
     try:
         measure(spec, mode or settings.mode, settings.weights_path, typer.echo, again)
     except (MissingWeights, WrongWeights) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @encoders.command(epilog="Example: keyslice encoders verify mambaout_tiny")
@@ -237,7 +233,7 @@ def verify(name: Annotated[str | None, typer.Argument(help="an encoder; the serv
     try:
         encoder = load_encoder(in_mode(spec, settings.mode, settings.weights_path), settings.weights_path)
     except (MissingWeights, WrongWeights, CannotRun) as error:
-        _fail(str(error))
+        fail(str(error))
     reference, embedding = stores.canaries.reference(encoder.id), encoder.encode(canary(encoder.spec))
     cosine = stores.canaries.record(encoder.id, embedding)
     if reference is None:
@@ -246,43 +242,25 @@ def verify(name: Annotated[str | None, typer.Argument(help="an encoder; the serv
     difference = np.abs(embedding.reshape(-1) - reference).max()
     typer.echo(f"{encoder.id}: cosine {cosine:.7f} to the stored canary, largest difference {difference:.1e}")
     if cosine < COSINE[settings.mode]:
-        _fail(f"expected a cosine of {COSINE[settings.mode]} or more", status=1)
+        fail(f"expected a cosine of {COSINE[settings.mode]} or more", status=1)
 
 
 def _train(labels: Path, options: dict[str, Any], service: str | None, output: Path | None) -> None:
     from service.training import show, write
     from service.training import train as run
 
-    head = _asked(service, lambda http: run(http, labels, options, _console()))
-    show(head, _console())
+    head = asked(service, lambda http: run(http, labels, options, console()))
+    show(head, console())
     if output:
         write(head, output)
 
 
-def _asked(service: str | None, question: Callable[[Any], Any]) -> Any:
-    """What the running service answers to a question that takes an httpx client; the process ends where it does not."""
-    import httpx
-
-    from service.training import TrainingFailed
-
-    settings = _settings()
-    with httpx.Client(base_url=service or f"http://{settings.host}:{settings.port}") as http:
-        try:
-            return question(http)
-        except TrainingFailed as error:
-            _fail(str(error), status=1)
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 200)
-
-
 def _encoder(name: str | None) -> tuple[Settings, EncoderSpec]:
-    settings = _settings()
+    settings = read_settings()
     asked = name or settings.encoder
     known = all_encoders(settings.weights_path)
     if asked not in known:
-        _fail(f"no encoder {asked!r}, expected one of {', '.join(known)}")
+        fail(f"no encoder {asked!r}, expected one of {', '.join(known)}")
     return settings, known[asked]
 
 
@@ -291,21 +269,8 @@ def _permitted(name: str | None) -> tuple[Settings, EncoderSpec]:
     try:
         check_licence(spec, settings.noncommercial)
     except LicenceForbids as error:
-        _fail(str(error))
+        fail(str(error))
     return settings, spec
-
-
-def _settings() -> Settings:
-    try:
-        return Settings()
-    except ValidationError as error:
-        lines = [f"KEYSLICE_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors()]
-        _fail("\n".join(lines))
-
-
-def _fail(message: str, status: int = 2) -> NoReturn:
-    typer.secho(message, fg="red", err=True)
-    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.ct.screening import Reason, SetAside, screened_header
+from service.about import about_series
 from service.archives import unpacked
 from service.errors import NothingUsable
 from service.settings import Settings
-from service.storage.catalog import Arrival
+from service.storage.catalog import Arrival, Quiet
 from service.storage.stores import Stores
 from service.uploads import StagedFile
 
@@ -27,7 +28,7 @@ class NamedSetAside:
 
 @dataclass
 class SeriesIntake:
-    """One series of an upload."""
+    """One series of what was sent."""
 
     series_uid: str
     study_uid: str
@@ -40,9 +41,9 @@ class SeriesIntake:
 
 @dataclass(frozen=True)
 class Intake:
-    job_id: str
     series: list[SeriesIntake]
     set_aside: list[NamedSetAside]  # files that belong to none of the series
+    job_id: str = ""  # of an upload
 
 
 def take_in(files: Iterable[StagedFile], folder: Path, encoder_id: str, stores: Stores, settings: Settings) -> Intake:
@@ -58,7 +59,19 @@ def take_in(files: Iterable[StagedFile], folder: Path, encoder_id: str, stores: 
         message = f"none of {len(set_aside)} files is an axial CT slice"
         raise NothingUsable(message, set_aside=found)
     arrivals = [_archive(series, stores) for series in groups]
-    return Intake(stores.catalog.receive(arrivals, encoder_id), groups, set_aside)
+    return Intake(groups, set_aside, stores.catalog.receive(arrivals, encoder_id))
+
+
+def collect(files: Iterable[StagedFile], encoder_id: str, stores: Stores, settings: Settings) -> Intake:
+    """Archive the axial CT slices among some files of which more may come; series are embedded when they are whole.
+
+    What this answers is on disk and in the catalog. A file that is set aside is gone.
+    """
+    groups, set_aside = _group(files, stores)
+    if arrivals := [_archive(series, stores) for series in groups]:
+        quiet = Quiet(settings.series_quiet_seconds, settings.series_limit_seconds)
+        stores.catalog.collect(arrivals, encoder_id, quiet)
+    return Intake(groups, set_aside)
 
 
 def _all_files(files: Iterable[StagedFile], folder: Path, settings: Settings) -> Iterator[StagedFile]:
@@ -99,10 +112,11 @@ def _group(files: Iterable[StagedFile], stores: Stores) -> tuple[list[SeriesInta
 
 
 def _archive(series: SeriesIntake, stores: Stores) -> Arrival:
+    about = about_series(series.staged[0][1])
     for sop_uid, path in series.staged:
         if stores.archive.add(series.series_uid, sop_uid, path):
             series.received += 1
         else:
             series.duplicates += 1
     stores.archive.flush(series.series_uid)
-    return Arrival(series.series_uid, series.study_uid, series.patient_id)
+    return Arrival(series.series_uid, series.study_uid, series.patient_id, about)

@@ -29,6 +29,13 @@ class Settings(BaseSettings):
     )
     series_at_once: int = Field(2, ge=1, description="series that a worker embeds at once, sharing batches")
 
+    series_quiet_seconds: float = Field(
+        60.0, ge=0, description="without another slice, after which a series that came by network counts as whole"
+    )
+    series_limit_seconds: float = Field(
+        3600.0, gt=0, description="after its first slice, a series that came by network counts as whole in any case"
+    )
+
     max_upload_bytes: int = Field(20 * 2**30, gt=0, description="bytes of one upload, archives as sent")
     max_upload_files: int = Field(100_000, gt=0, description="files of one upload, archive members counted")
     max_expansion: float = Field(50.0, gt=0, description="unpacked bytes per byte of archive")

@@ -1,14 +1,17 @@
 """The catalog's states, on SQLite and on PostgreSQL."""
 
 import threading
+import unittest.mock
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from service.errors import NotEmbeddedYet, OtherEncoder, PatientNotFound, SeriesNotFound
-from service.storage.catalog import Arrival
+from service.storage.catalog import Arrival, Quiet
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
+from service.storage.tables import now
 
 ENCODER = "toy@0123456789ab"
 ARRIVAL = Arrival("1.2.3", study_uid="1.2", patient_id="P1")
@@ -205,3 +208,83 @@ def test_the_schema_is_what_the_tables_say(stores):
 
     with stores.database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Row.metadata) == []
+
+
+QUIET = Quiet(seconds=60.0, limit_seconds=600.0)
+
+
+def lost(stores: Stores) -> list[EmbeddingKey]:
+    return stores.catalog.lost(STALE, queue_is_empty=True)
+
+
+def test_a_series_that_comes_by_network_is_sent_for_after_its_quiet_time(stores):
+    archive(stores, "1.2.3", "1")
+    stores.catalog.collect([ARRIVAL], ENCODER, QUIET)
+    before = lost(stores)
+    with unittest.mock.patch("service.storage.catalog.now", lambda: now() + timedelta(seconds=61)):
+        after = lost(stores)
+
+    assert (before, after) == ([], [KEY])
+
+
+def test_every_further_slice_begins_the_quiet_time_anew_up_to_the_limit(stores):
+    due, start = [], now()
+    for number in range(4):
+        archive(stores, "1.2.3", str(number))
+        moment = start + timedelta(seconds=50 * number)
+        with unittest.mock.patch("service.storage.catalog.now", lambda moment=moment: moment):
+            stores.catalog.collect([ARRIVAL], ENCODER, Quiet(60.0, limit_seconds=130.0))
+        due.append((stores.catalog.series("1.2.3").whole_at - start).total_seconds())
+
+    assert due == [60, 110, 130, 210]  # the fourth came after the limit, so it begins another time of waiting
+
+
+def test_a_slice_that_is_here_already_does_not_prolong_the_wait(stores):
+    archive(stores, "1.2.3", "1")
+    stores.catalog.collect([ARRIVAL], ENCODER, QUIET)
+    first = stores.catalog.series("1.2.3").whole_at
+    stores.catalog.collect([ARRIVAL], ENCODER, QUIET)
+
+    assert stores.catalog.series("1.2.3").whole_at == first
+
+
+def test_the_last_expected_slice_makes_a_series_whole(stores):
+    arrival = replace(ARRIVAL, about={"expected": 2})
+    archive(stores, "1.2.3", "1")
+    stores.catalog.collect([arrival], ENCODER, QUIET)
+    one = lost(stores)
+    archive(stores, "1.2.3", "2")
+    stores.catalog.collect([arrival], ENCODER, QUIET)
+
+    assert (one, lost(stores)) == ([], [KEY])
+
+
+def test_a_series_said_to_be_complete_is_sent_for_at_once(stores):
+    archive(stores, "1.2.3", "1")
+    stores.catalog.collect([ARRIVAL], ENCODER, QUIET)
+
+    assert stores.catalog.complete("1.2.3") == [KEY]
+    assert stores.catalog.claim(KEY, "worker", STALE, ATTEMPTS)
+    with pytest.raises(SeriesNotFound):
+        stores.catalog.complete("1.2.4")
+
+
+def test_a_series_that_grew_since_it_was_sent_for_is_not_embedded_in_part(received):
+    received.catalog.sent([KEY])
+    archive(received, "1.2.3", "3")
+    received.catalog.collect([ARRIVAL], ENCODER, QUIET)
+
+    assert not received.catalog.claim(KEY, "worker", STALE, ATTEMPTS)
+    assert received.catalog.series("1.2.3").state == "received"
+
+
+def test_slices_that_come_by_network_later_make_another_embedding_of_the_whole_series(received):
+    received.catalog.claim(KEY, "worker", STALE, ATTEMPTS)
+    commit(received)
+    archive(received, "1.2.3", "3")
+    received.catalog.collect([ARRIVAL], ENCODER, Quiet(0.0, 600.0))
+
+    assert lost(received) == [KEY]
+    assert received.catalog.claim(KEY, "worker", STALE, ATTEMPTS)
+    commit(received)
+    assert received.catalog.embedding("1.2.3", ENCODER).slices == 3

@@ -68,6 +68,13 @@ async def post_series(
     return await run_in_threadpool(_ask, intake, stores, queue)
 
 
+@router.post("/{series_uid}/complete", status_code=202)
+def complete_series(series_uid: Text, stores: StoresDep, queue: QueueDep) -> Series:
+    """Say that the series is whole: it is embedded now, not after its quiet time."""
+    queue.embed(stores.catalog.complete(series_uid))
+    return Series.model_validate(stores.catalog.series(series_uid))
+
+
 @router.get("")
 def list_series(
     stores: StoresDep,

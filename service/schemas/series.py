@@ -76,6 +76,12 @@ class Series(Schema):
     error: str | None
     received: int = Field(description="instances in the archive")
     received_at: datetime
+    whole_at: datetime = Field(description="when it counts as whole and is embedded; of a network's series, the future")
+    study_date: str = Field(description="YYYYMMDD, or empty")
+    modality: str
+    body_part: str
+    manufacturer: str
+    kernel: str
     verdict: Verdict | None
     geometry: Geometry | None
     embeddings: list[EmbeddingState]

@@ -1,8 +1,8 @@
 """SQL: which series there are, what is known of them, and how far their embeddings are."""
 
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -30,11 +30,20 @@ CANCELLED = "cancelled on request"
 
 @dataclass(frozen=True)
 class Arrival:
-    """What an upload brought of one series."""
+    """What an upload, or a sender on the network, brought of one series."""
 
     series_uid: str
     study_uid: str
     patient_id: str
+    about: Mapping[str, Any] = field(default_factory=dict)  # columns of SeriesRow: service/about.py
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """When a series that comes slice by slice counts as whole."""
+
+    seconds: float  # without another slice of it
+    limit_seconds: float  # after its first slice, however many still come
 
 
 class Catalog:
@@ -56,9 +65,30 @@ class Catalog:
         with self._database.write() as session:
             session.add(JobRow(job_id=job_id))
             for arrival in sorted(arrivals, key=lambda each: each.series_uid):
-                _note(session, arrival, encoder_id, self._archive)
+                _note(session, arrival, encoder_id, self._archive, None)
                 session.add(JobSeriesRow(job_id=job_id, series_uid=arrival.series_uid, encoder_id=encoder_id))
         return job_id
+
+    def collect(self, arrivals: Sequence[Arrival], encoder_id: str, quiet: Quiet) -> None:
+        """Note slices of series of which more may come; the sweep asks for their embeddings when they are whole."""
+        try:
+            self._collect(arrivals, encoder_id, quiet)
+        except IntegrityError:  # as in receive()
+            self._collect(arrivals, encoder_id, quiet)
+
+    def _collect(self, arrivals: Sequence[Arrival], encoder_id: str, quiet: Quiet) -> None:
+        with self._database.write() as session:
+            for arrival in sorted(arrivals, key=lambda each: each.series_uid):
+                _note(session, arrival, encoder_id, self._archive, quiet)
+
+    def complete(self, series_uid: str) -> list[EmbeddingKey]:
+        """The series is whole, whatever its quiet time says; answers the embeddings that wait for a message."""
+        with self._database.write() as session:
+            series = session.get(SeriesRow, series_uid, with_for_update={"of": SeriesRow})
+            if series is None:
+                raise SeriesNotFound(f"no series {series_uid}")
+            series.whole_at = min(series.whole_at, now())
+            return [EmbeddingKey(series_uid, row.encoder_id) for row in series.embeddings if row.state == "received"]
 
     def owner(self, series_uid: str) -> tuple[str, str] | None:
         """(patient id, study UID) of a series that is here already."""
@@ -80,12 +110,17 @@ class Catalog:
                 session.execute(rows.values(state="queued", touched_at=now()))
 
     def lost(self, stale_seconds: float, queue_is_empty: bool) -> list[EmbeddingKey]:
-        """Embeddings whose worker fell silent or whose message is gone; they are waiting again."""
+        """Embeddings that nobody else sends a message for: their worker fell silent, their message is gone, or their
+        series came slice by slice and is whole now. They are waiting again."""
         stale = EmbeddingRow.touched_at < now() - timedelta(seconds=stale_seconds)
         silent = and_(EmbeddingRow.state == "embedding", stale)
-        gone = and_(EmbeddingRow.state.in_(WAITING), stale) if queue_is_empty else EmbeddingRow.state == "received"
+        gone = EmbeddingRow.state.in_(WAITING) if queue_is_empty else EmbeddingRow.state == "received"
+        collected = and_(EmbeddingRow.state == "received", SeriesRow.collecting_since.is_not(None))
+        whole = SeriesRow.whole_at <= now()
+        due = or_(silent, and_(gone, stale, whole), and_(collected, whole))
+        query = select(EmbeddingRow).join(SeriesRow, SeriesRow.series_uid == EmbeddingRow.series_uid).where(due)
         with self._database.write() as session:
-            rows = session.scalars(select(EmbeddingRow).where(or_(silent, and_(gone, stale))).limit(1000)).all()
+            rows = session.scalars(query.limit(1000)).all()
             for row in rows:
                 row.state, row.holder, row.touched_at = "queued", None, now()
             return [EmbeddingKey(row.series_uid, row.encoder_id) for row in rows]
@@ -97,6 +132,9 @@ class Catalog:
             if row is None or row.state not in OPEN:
                 return False
             if row.state == "embedding" and row.touched_at > now() - timedelta(seconds=stale_seconds):
+                return False
+            if session.get_one(SeriesRow, key.series_uid).whole_at > now():  # more slices came since it was sent for
+                row.state, row.holder = "received", None
                 return False
             if row.attempts >= max_attempts:
                 row.state, row.error = (
@@ -294,7 +332,7 @@ class Catalog:
             return {row.patient_key: row.patient_id for row in rows}
 
 
-def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive) -> None:
+def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive, quiet: Quiet | None) -> None:
     series = session.get(SeriesRow, arrival.series_uid, with_for_update={"of": SeriesRow})
     # Listed inside the transaction: of two uploads of one series at once, the later sees both's files.
     content, received = archive.content(arrival.series_uid)
@@ -303,7 +341,12 @@ def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive)
         patient_key = _patient_key(session, arrival.patient_id)
         series = SeriesRow(series_uid=arrival.series_uid, study_uid=arrival.study_uid, patient_key=patient_key)
         session.add(series)
+    if not series.header:
+        for column, value in arrival.about.items():
+            setattr(series, column, value)
     series.received, series.content, series.encoder_id = received, content, encoder_id
+    if changed or quiet is None:
+        _wait_for_more(series, quiet)
     session.flush()
     embedding = session.get(EmbeddingRow, (arrival.series_uid, encoder_id))
     if embedding is None:
@@ -312,6 +355,19 @@ def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive)
     elif embedding.state == "failed" or (changed and embedding.state not in OPEN):
         embedding.state, embedding.attempts, embedding.error = "received", 0, None
     session.flush()
+
+
+def _wait_for_more(series: SeriesRow, quiet: Quiet | None) -> None:
+    """Set when the series counts as whole: now, or after its quiet time, its limit, or its last expected slice."""
+    moment = now()
+    if quiet is None or (series.expected and series.received >= series.expected):
+        series.collecting_since = moment if quiet else None
+        series.whole_at = moment
+        return
+    if series.collecting_since is None or series.whole_at <= moment:
+        series.collecting_since = moment
+    limit = series.collecting_since + timedelta(seconds=quiet.limit_seconds)
+    series.whole_at = min(moment + timedelta(seconds=quiet.seconds), limit)
 
 
 def _of_job(job_id: str) -> Select[Any]:

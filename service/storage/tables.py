@@ -65,6 +65,20 @@ class SeriesRow(Row):
     verdict: Mapped[dict[str, Any] | None]
     geometry: Mapped[dict[str, Any] | None]
 
+    # Of a series that comes slice by slice: since when, how many its sender says, and when it counts as whole.
+    collecting_since: Mapped[datetime | None]
+    expected: Mapped[int | None]
+    whole_at: Mapped[datetime] = mapped_column(default=now, index=True)
+
+    # Of its first slice: what a search may ask for, and all that QIDO-RS answers, as DICOM JSON (PS3.18 F).
+    header: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    study_date: Mapped[str] = mapped_column(default="", index=True)  # YYYYMMDD
+    accession_number: Mapped[str] = mapped_column(default="", index=True)
+    modality: Mapped[str] = mapped_column(default="")
+    body_part: Mapped[str] = mapped_column(default="")
+    manufacturer: Mapped[str] = mapped_column(default="")
+    kernel: Mapped[str] = mapped_column(default="")
+
     patient: Mapped[PatientRow] = relationship(lazy="joined", innerjoin=True)
     embeddings: Mapped[list["EmbeddingRow"]] = relationship(lazy="selectin", order_by="EmbeddingRow.encoder_id")
 

@@ -1,0 +1,47 @@
+"""What every command needs of its terminal: the settings, the running service, a console, an end with a reason."""
+
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from service.settings import Settings
+
+Service = Annotated[str | None, typer.Option(help="the service's address; that of the settings if none")]
+
+
+def read_settings() -> Settings:
+    """The environment's settings; the process ends where they are wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [f"KEYSLICE_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors()]
+        fail("\n".join(lines))
+
+
+def console() -> Console:
+    """As wide as the terminal; in a pipe, wide enough for any table."""
+    return Console(width=None if sys.stdout.isatty() else 200)
+
+
+def asked(service: str | None, question: Callable[[Any], Any]) -> Any:
+    """What the running service answers to a question that takes an httpx client; the process ends where it does not."""
+    import httpx
+
+    from service.training import TrainingFailed
+
+    settings = read_settings()
+    with httpx.Client(base_url=service or f"http://{settings.host}:{settings.port}") as http:
+        try:
+            return question(http)
+        except TrainingFailed as error:
+            fail(str(error), status=1)
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """End the process with the reason on standard error; 2 says that the command was wrong."""
+    typer.secho(message, fg="red", err=True)
+    raise typer.Exit(status)
