@@ -25,8 +25,8 @@ from rich.table import Table
 
 from bench.bags import Bag
 from bench.embeddings import Embeddings
-from bench.entries import DEFAULT, SHIPPED, Entry, league
-from bench.fidelity import CACHE, CONFIGS, DATA, PARTS, summary
+from bench.entries import DEFAULT, Entry, league
+from bench.fidelity import CACHE, CONFIGS, DATA, PARTS, chosen, summary
 from bench.intervals import NOTHING
 from bench.material import Material, Plan, gather_whole
 from bench.measure import (
@@ -44,7 +44,7 @@ from bench.patients import Series
 from bench.pooling import Embedded, Floats, Head, scaled_as
 from models.ct.windows import Window, apply_window
 
-LITE0 = "imagenet_lite0"
+ASKED = ",".join(dict.fromkeys((DEFAULT, "imagenet_lite0")))
 BAGS, QUICK_BAGS = 64, 16  # a patient and seed, half of them with a lesion
 CLEARLY = 1.5  # times as much as at any other window: a solid nodule in lung is seen as well at either
 COLUMNS = {  # figure, its heading, and what chance gives where that is the same for all bags
@@ -67,6 +67,7 @@ def main(
     cache: Annotated[Path, typer.Option(help="Where bags, embeddings and trainings are kept.")] = CACHE,
     seeds: Annotated[int, typer.Option(help="Of planting, bags, probes and heads.")] = 3,
     folds: Annotated[int, typer.Option(help="Groups of patients that are held out together.")] = 3,
+    encoders: Annotated[str, typer.Option(help="Names of bench/fidelity.py's league, with commas.")] = ASKED,
     quick: Annotated[bool, typer.Option(help="One seed and few bags: to see that it runs.")] = False,
     measured: Annotated[
         Path | None, typer.Option(help="What was measured before, not to be measured again; in the cache if none.")
@@ -74,7 +75,7 @@ def main(
 ) -> None:
     """Measure the encoders and print their figures."""
     numbers, bags = range(1 if quick else seeds), QUICK_BAGS if quick else BAGS
-    entries = entrants(league(cache, CONFIGS))
+    entries = chosen(league(cache, CONFIGS), encoders)
     with Progress(*PARTS, console=console) as progress:
         planting = progress.add_task("planting", total=None)
         material = gather_whole(data, cache, folds, numbers, bags, lambda: progress.advance(planting))
@@ -85,12 +86,6 @@ def main(
         found = {each.name: measure_attention(each, material, cache, noted, stepped, measured) for each in entries}
     report(found, material)
     print(json.dumps(last_line(found)))
-
-
-def entrants(everyone: Sequence[Entry], default: str = DEFAULT) -> list[Entry]:
-    """Those that stand for the default encoder and for the one trained here, and Lite0."""
-    known = {entry.name: entry for entry in everyone}
-    return [known[name] for name in dict.fromkeys((default, SHIPPED, LITE0))]
 
 
 def slices_to_embed(material: Material) -> int:
@@ -189,9 +184,10 @@ def by_window(head: Head, features: Floats) -> NDArray[np.float64]:
 
 
 def last_line(measured: dict[str, Measured]) -> dict[str, Any]:
-    """The figures of the default encoder, everybody's under `encoders`."""
+    """The figures of the default encoder, or of the first where it took no part; everybody's under `encoders`."""
     found = {name: summary(each) for name, each in measured.items()}
-    return {"encoder": DEFAULT, **found[DEFAULT], "encoders": found}
+    first = DEFAULT if DEFAULT in found else next(iter(found))
+    return {"encoder": first, **found[first], "encoders": found}
 
 
 def report(measured: dict[str, Measured], material: Material) -> None:

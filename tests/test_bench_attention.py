@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from bench.attention import (
-    CONFIGS,
-    LITE0,
+    ASKED,
     by_window,
     chosen_window,
-    entrants,
     last_line,
     measure_attention,
     report,
@@ -21,6 +19,7 @@ from bench.attention import (
 )
 from bench.bags import Bag, Ground, WholeSeries, make_bags, plan_name
 from bench.entries import DEFAULT, Entry, league
+from bench.fidelity import CONFIGS, chosen
 from bench.material import Material, Plan, gather, gather_whole
 from bench.patients import SINGLE_SLICES, Nodule, Series
 from bench.pooling import Head
@@ -266,13 +265,11 @@ def test_the_tables_hold_encoders_chance_and_what_was_planted(measured, material
     assert all(series.name in printed for series in material.series)
 
 
-def test_the_default_encoder_is_measured_once_and_without_the_patients(tmp_path):
+def test_the_default_encoder_and_lite0_are_measured_unless_others_are_asked_for(tmp_path):
     everyone = league(tmp_path, CONFIGS)
 
-    assert [entry.name for entry in entrants(everyone, "planting")] == ["planting", LITE0]
-    assert [entry.name for entry in entrants(everyone, LITE0)] == [LITE0, "planting"]
-    assert not any(entry.absent for entry in entrants(everyone, "planting"))
-    assert next(entry.name for entry in entrants(everyone)) == DEFAULT
+    assert {entry.name for entry in chosen(everyone, ASKED)} == {DEFAULT, "imagenet_lite0"}
+    assert [entry.name for entry in chosen(everyone, "planting")] == ["planting"]
 
 
 def test_windows_agree_with_the_definition_by_pixel(material):
