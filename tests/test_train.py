@@ -343,6 +343,19 @@ def test_on_shuffled_labels_a_strong_signal_is_gone(separable):
     assert found.report["warnings"] == []
 
 
+def test_a_patient_of_many_bags_counts_once_in_the_deviation_of_chance():
+    options = replace(FAST, folds=3, epochs=1, permutations=1)
+    once, _ = train(cohort(24), options)
+    twice, _ = train(cohort(24) * 2, options)
+
+    deviations = [
+        each.report["permutation"]["auroc"][label]["expected_std"]
+        for each in (once, twice)
+        for label in each.report["permutation"]["auroc"]
+    ]
+    assert len(set(deviations)) == 1
+
+
 @pytest.mark.parametrize("network", ["gated_abmil", "mean", "max"])
 def test_any_network_can_be_the_head(network):
     trained, _ = train(cohort(12), replace(FAST, network=network, epochs=1, hidden=16, attention=4))

@@ -22,7 +22,7 @@ NOTES = {
     "validation": "validation: each patient by the fold that did not train on them, whose early stopping saw them",
     "test": "test: each patient by heads that neither trained on them nor chose anything by them",
 }
-CHANCE_DEVIATIONS = 3.0  # an AUROC on shuffled labels further from 0.5 than this is no chance
+CHANCE_DEVIATIONS = 3.0  # a mean AUROC on shuffled labels further from 0.5 than this is no chance
 LIBRARIES = ("keyslice", "torch", "numpy", "scikit-learn", "scipy")
 
 Floats = NDArray[np.float64]
@@ -149,14 +149,17 @@ def _warnings(
         if len(np.unique(column[~np.isnan(column)])) < 2:
             found.append(("one_class", f"label {label[:50]!r} has one class among the patients it is measured on"))
     for label, chance in (permutation or {"auroc": {}})["auroc"].items():
-        distance = CHANCE_DEVIATIONS * (chance["expected_std"] or np.inf)
-        if any(abs(value - 0.5) > distance for value in chance["values"] if value is not None):
+        values = [value for value in chance["values"] if value is not None]
+        if values and abs(np.mean(values) - 0.5) > CHANCE_DEVIATIONS * chance["expected_std"] / np.sqrt(len(values)):
             found.append(("permutation", f"label {label[:50]!r} is told apart even where it was shuffled"))
     return [{"code": code, "detail": detail, "lines": []} for code, detail in found]
 
 
 def _permutation(cohort: Cohort, shuffled: Sequence[tuple[Floats, Outcome]]) -> dict[str, Any] | None:
-    """AUROCs on shuffled labels, and how far from 0.5 chance leads (Mann and Whitney 1947): one standard deviation."""
+    """AUROCs on shuffled labels, and how far from 0.5 chance leads one of them: one standard deviation.
+
+    That of Mann and Whitney (1947), over patients: labels are shuffled among them, so a patient's bags count as one.
+    """
     if not shuffled:
         return None
     found = {}
@@ -164,9 +167,10 @@ def _permutation(cohort: Cohort, shuffled: Sequence[tuple[Floats, Outcome]]) -> 
         values: list[float | None] = []
         deviation = None
         for truth, outcome in shuffled:
-            column, said = truth[outcome.evaluated.rows, k], outcome.evaluated.probability[:, k]
+            rows = outcome.evaluated.rows
+            column, said = truth[rows, k], outcome.evaluated.probability[:, k]
             known = ~np.isnan(column)
-            positives, negatives = (column == 1).sum(), (column == 0).sum()
+            positives, negatives = (cohort.patients_where(rows[column == value]) for value in (1, 0))
             if not positives or not negatives:
                 values.append(None)
                 continue
