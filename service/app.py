@@ -11,12 +11,14 @@ from typing import Any, TypedDict
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import errors
 from service.deps import EncoderNames, cached_heads
+from service.metrics import FromStores, Timed
 from service.queue import Queue
 from service.routes import (
     dicom,
@@ -26,6 +28,7 @@ from service.routes import (
     heads,
     health,
     jobs,
+    metrics,
     page,
     predictions,
     reports,
@@ -66,11 +69,14 @@ class State(TypedDict):
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The API over the stores of these settings; of the environment's where none are given."""
     settings = settings or Settings()
+    registry = CollectorRegistry()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         stores = await run_in_threadpool(open_stores, settings)
         queue = Queue(settings, stores)
+        collector = FromStores(stores, queue, settings.data_dir)
+        registry.register(collector)
         sweeper = asyncio.create_task(_sweep_for_ever(queue, settings.sweep_seconds))
         yield {
             "settings": settings,
@@ -80,6 +86,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "heads": cached_heads(stores),
         }
         sweeper.cancel()
+        registry.unregister(collector)
         queue.close()
         stores.close()
 
@@ -94,9 +101,25 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "4XX": {"description": "What was found and what was expected", "content": {PROBLEM: PROBLEM_CONTENT}}
         },
     )
-    mounted = series, embeddings, predictions, explanations, dicom, search, heads, reports, jobs, encoders, health, page
+    mounted = (
+        series,
+        embeddings,
+        predictions,
+        explanations,
+        dicom,
+        search,
+        heads,
+        reports,
+        jobs,
+        encoders,
+        health,
+        metrics,
+        page,
+    )
     for router in mounted:
         app.include_router(router.router)
+    app.state.metrics = registry
+    app.add_middleware(Timed, registry=registry)
     app.add_exception_handler(errors.KeysliceError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

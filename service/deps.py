@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Annotated
 
 from fastapi import Depends, Request
+from prometheus_client import CollectorRegistry
 
 from models.heads.run import HeadRunner, OtherGraph
 from models.modes import by_id, in_mode
@@ -103,8 +104,14 @@ def heads(request: Request) -> Callable[[str], HeadRunner]:
     return found
 
 
+def metrics(request: Request) -> CollectorRegistry:
+    found: CollectorRegistry = request.app.state.metrics
+    return found
+
+
 StoresDep = Annotated[Stores, Depends(stores)]
 SettingsDep = Annotated[Settings, Depends(settings)]
 QueueDep = Annotated[Queue, Depends(queue)]
 EncodersDep = Annotated[EncoderNames, Depends(encoders)]
 HeadsDep = Annotated[Callable[[str], HeadRunner], Depends(heads)]
+MetricsDep = Annotated[CollectorRegistry, Depends(metrics)]

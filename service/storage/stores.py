@@ -8,6 +8,7 @@ from service.storage.bags import Bags
 from service.storage.canaries import Canaries
 from service.storage.catalog import Catalog
 from service.storage.database import Database, upgrade
+from service.storage.figures import Figures
 from service.storage.heads import Heads
 from service.storage.heatmaps import HeatMaps
 from service.storage.index import SliceIndex
@@ -26,6 +27,7 @@ class Stores:
     predictions: Predictions
     leases: Leases
     canaries: Canaries
+    figures: Figures
     heatmaps: HeatMaps
 
     def close(self) -> None:
@@ -49,5 +51,6 @@ def open_stores(settings: Settings) -> Stores:
         predictions=Predictions(database),
         leases=Leases(database),
         canaries=Canaries(database),
+        figures=Figures(database),
         heatmaps=HeatMaps(root / "heatmaps"),
     )
