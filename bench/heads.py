@@ -9,8 +9,6 @@ Prints a table, and as its last line JSON.
 import json
 import multiprocessing
 import os
-import re
-import resource
 import statistics
 import tempfile
 import time
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from bench.memory import peak_mb
 from models.abmil import ABMIL
 from models.heads import loader
 from models.heads.options import HeadOptions
@@ -45,7 +44,6 @@ from service.storage.keys import EmbeddingKey
 WINDOWS, DIM = 2, 576
 LESION_SLICES = 0.02  # of a positive bag's
 LESION = 0.5  # how far every value of a lesion's slices is moved, in standard deviations
-MB = 2**20
 MOST_OVER_PLAIN, MOST_MB = 1.3, 2 * 1024
 
 console = Console(width=100)
@@ -189,14 +187,6 @@ def counted_updates() -> Iterator[list[None]]:
     hook = register_optimizer_step_post_hook(lambda *_: steps.append(None))
     yield steps
     hook.remove()
-
-
-def peak_mb() -> float:
-    """Largest resident size of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux lets ru_maxrss begin at the size of the process that started this one
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024 / MB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MB
 
 
 def report(found: dict[str, list[Trained]], what: str) -> None:

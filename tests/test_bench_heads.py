@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench import heads
-from bench.heads import MB, Trained, in_fresh_process, padded, peak_mb, plain, positive, streamed, write_bags
+from bench.heads import Trained, in_fresh_process, padded, plain, positive, streamed, write_bags
+from bench.memory import MB, peak_mb
 from models.heads import evaluation, loader
 from models.heads.options import HeadOptions
 from service.storage.bags import Bags

@@ -8,9 +8,10 @@ from pydicom import uid
 from pydicom.encaps import encapsulate, generate_frames
 from synthetic import random_hu, write_slice
 
-from models.ct.decode import MAX_PIXELS, read_hu
+from models.ct.decode import MAX_PIXELS, decoded_hu, read_hu
 from models.ct.errors import UndecodableSlice
 
+RLE = "RLELosslessTransferSyntax_1.2.840.10008.1.2.5"
 COMPRESSED = [uid.RLELossless, uid.JPEGLSLossless, uid.JPEG2000Lossless]
 
 
@@ -149,6 +150,14 @@ def test_a_header_cannot_ask_for_gigabytes(tmp_path):
         read_hu(write_slice(tmp_path, change))
 
 
+def test_a_decoder_that_panics_makes_the_slice_undecodable(data):
+    dataset = pydicom.dcmread(data / "oddities" / "cornerstone" / f"CTImage.dcm_{RLE}.dcm")
+    dataset.Columns = 64  # the frame has more, and the Rust of pylibjpeg-rle runs out of its buffer
+
+    with pytest.raises(UndecodableSlice, match="PanicException"):
+        decoded_hu(dataset)
+
+
 def test_several_frames_are_no_slice(tmp_path):
     def change(dataset):
         dataset.NumberOfFrames = 2
@@ -173,7 +182,7 @@ LOSSLESS = {
     "JPEGProcess14TransferSyntax_1.2.840.10008.1.2.4.57": uid.JPEGLossless,
     "LittleEndianExplicitTransferSyntax_1.2.840.10008.1.2.1": uid.ExplicitVRLittleEndian,
     "LittleEndianImplicitTransferSyntax_1.2.840.10008.1.2": uid.ImplicitVRLittleEndian,
-    "RLELosslessTransferSyntax_1.2.840.10008.1.2.5": uid.RLELossless,
+    RLE: uid.RLELossless,
 }
 
 

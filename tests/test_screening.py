@@ -1,13 +1,20 @@
+import struct
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from pydicom import uid
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataset import FileDataset
 from pydicom.encaps import encapsulate
 from synthetic import IDENTITY, write_slice
 
+from models.ct.header import OPTIONAL, read_header, read_whole
 from models.ct.screening import Reason, SetAside, screened_header, slice_normal, tilt_degrees
+from models.ct.series import slice_of
 
 
 def outcome(path: Path) -> Reason | str:
@@ -29,6 +36,21 @@ def without(*keywords):
             delattr(dataset, keyword)
 
     return change
+
+
+def with_unknown_vr(path: Path, keyword: str) -> Path:
+    """The element gets a VR that no standard knows, so that pydicom cannot convert its value."""
+    tag = tag_for_keyword(keyword)
+    start = struct.pack("<HH", tag >> 16, tag & 0xFFFF) + dictionary_VR(tag).encode()
+    content = path.read_bytes()
+    assert content.count(start) == 1
+    path.write_bytes(content.replace(start, start[:4] + b"ZZ"))
+    return path
+
+
+def all_optional(dataset: FileDataset) -> None:
+    dataset.AcquisitionNumber = dataset.InstanceNumber = 1
+    dataset.ConvolutionKernel, dataset.LossyImageCompression, dataset.PixelSpacing = "B30f", "00", [1, 1]
 
 
 def test_a_plain_axial_slice_is_usable(tmp_path):
@@ -112,6 +134,43 @@ def test_a_header_whose_values_cannot_be_read_is_set_aside(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"12345678", b"abcdefgh"))
 
     assert outcome(path) == Reason.UNREADABLE_HEADER
+
+
+@pytest.mark.parametrize("keyword", ["Modality", "SeriesInstanceUID", "Rows", "ImageType"])
+def test_an_element_that_decides_something_and_cannot_be_read_sets_the_file_aside(tmp_path, keyword):
+    path = with_unknown_vr(write_slice(tmp_path), keyword)
+
+    assert outcome(path) == Reason.UNREADABLE_HEADER
+
+
+@pytest.mark.parametrize("keyword", OPTIONAL)
+def test_an_element_that_only_describes_and_cannot_be_read_counts_as_missing(tmp_path, keyword):
+    path = with_unknown_vr(write_slice(tmp_path, all_optional), keyword)
+
+    assert outcome(path) == "usable"
+    assert keyword not in read_header(path)
+    assert slice_of(path, read_whole(path)) == slice_of(path, read_header(path))
+
+
+def test_a_deflated_file_cannot_ask_for_gigabytes(tmp_path):
+    path = write_slice(tmp_path)
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = uid.DeflatedExplicitVRLittleEndian
+    dataset.save_as(path, enforce_file_format=True)
+    assert outcome(path) == "usable"
+    deflater, zeros = zlib.compressobj(9, wbits=-zlib.MAX_WBITS), b"\0" * 2**20
+    bomb = b"".join(deflater.compress(zeros) for _ in range(2**10 // 2)) + deflater.flush()  # of half a gigabyte
+    content = path.read_bytes()
+    start = 144 + int.from_bytes(content[140:144], "little")
+    path.write_bytes(content[:start] + bomb)
+
+    tracemalloc.start()
+    found = screened_header(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert (found.reason, found.detail[:28]) == (Reason.NOT_DICOM, "a deflated data set of more ")
+    assert peak < 16 * 2**20
 
 
 @pytest.mark.parametrize("content", [b"", b"patients: none\n", b"\0" * 4096, bytes(range(256)) * 20])

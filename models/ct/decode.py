@@ -12,6 +12,7 @@ from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import get_decoder
 
 from models.ct.errors import UndecodableSlice
+from models.ct.frames import frame_shape
 
 NATIVE = "pydicom"
 
@@ -60,7 +61,9 @@ def decoded_hu(dataset: FileDataset) -> NDArray[np.float32]:
         return _hu(dataset)
     except UndecodableSlice:
         raise
-    except Exception as error:  # decoders raise whatever their C library reports
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # decoders raise whatever their library reports; Rust's panics are no Exception
         raise UndecodableSlice(f"{type(error).__name__} while decoding") from error
 
 
@@ -72,6 +75,8 @@ def _hu(dataset: FileDataset) -> NDArray[np.float32]:
         raise UndecodableSlice(f"{dataset.Rows} x {dataset.Columns} pixels, expected at most {MAX_PIXELS}")
     if (decoder := DECODERS.get(syntax)) is None:
         raise UndecodableSlice(f"no decoder for transfer syntax {syntax}")
+    if decoder != NATIVE and syntax != uid.RLELossless:
+        _check_frame(dataset)
     if decoder == "pyjpegls" and not _frame(dataset).rstrip(b"\0").endswith(END_OF_IMAGE):
         # Its decoder would go on for seconds over a frame that was cut off.
         raise UndecodableSlice("the JPEG-LS frame ends before its end marker")
@@ -86,6 +91,13 @@ def _hu(dataset: FileDataset) -> NDArray[np.float32]:
     if not np.isfinite(hu.min() + hu.max()):
         raise UndecodableSlice("RescaleSlope or RescaleIntercept makes HU that are not finite")
     return hu
+
+
+def _check_frame(dataset: FileDataset) -> None:
+    """A few bytes of a frame must not be able to ask for gigabytes either: decoders believe its own header."""
+    expected, found = (dataset.Rows, dataset.Columns, dataset.get("SamplesPerPixel", 1)), frame_shape(_frame(dataset))
+    if found != expected:
+        raise UndecodableSlice(f"the frame says (rows, columns, samples) are {found}, expected {expected}")
 
 
 def _frame(dataset: FileDataset) -> bytes:

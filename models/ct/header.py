@@ -1,7 +1,11 @@
 """The header of one DICOM file: the few elements that decide what it is and where it lies."""
 
 import io
-from collections.abc import Sequence
+import logging
+import re
+import warnings
+import zlib
+from collections.abc import MutableSequence, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,6 +15,8 @@ from pydicom.dataset import FileDataset
 
 # pydicom's warnings quote the value they complain of, and a value may be a patient's.
 config.settings.reading_validation_mode = config.IGNORE
+config.logger.setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module=r"pydicom\.")
 
 HEADER_TAGS = [
     "AcquisitionNumber",
@@ -37,7 +43,16 @@ HEADER_TAGS = [
     "StudyInstanceUID",
 ]
 
+# What a slice is as good without: one that cannot be converted counts as missing.
+OPTIONAL = ["AcquisitionNumber", "ConvolutionKernel", "InstanceNumber", "LossyImageCompression", "PixelSpacing"]
+
 PIXEL_DATA = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # tag (7FE0,0010) in either byte order
+
+MAX_INFLATED = 256 * 2**20  # bytes of a deflated data set: a few of them could ask for any number
+GROUP_LENGTH = b"\x02\0\0\0UL\x04\0"  # begins every file's meta information (PS3.10 7.1)
+LONGEST_META = 4096  # bytes of it that are searched for the transfer syntax
+DEFLATED = re.compile(rb"\x02\0\x10\0.{4}" + re.escape(uid.DeflatedExplicitVRLittleEndian.encode()), re.DOTALL)
+CHUNK = 2**20  # bytes
 
 
 class NotDicom(Exception):
@@ -67,11 +82,12 @@ def texts(header: FileDataset, keyword: str) -> list[str]:
     value = header.get(keyword)
     if value is None:
         return []
-    return [value] if isinstance(value, str) else [str(each) for each in value]
+    return [str(each) for each in (value if isinstance(value, MutableSequence) else [value])]
 
 
 def _read(file: BinaryIO, **options: Any) -> FileDataset:
     marked = file.read(132)[128:] == b"DICM"  # PS3.10 7.1; older exports lack it and are read all the same
+    _check_inflated(file)
     file.seek(0)
     try:
         dataset = pydicom.dcmread(file, force=True, **options)
@@ -80,4 +96,27 @@ def _read(file: BinaryIO, **options: Any) -> FileDataset:
         raise NotDicom(f"{type(error).__name__} while reading it as DICOM") from error
     if not marked and not named:
         raise NotDicom("no DICM marker at byte 128 and no SOPInstanceUID, expected a DICOM file")
+    for keyword in OPTIONAL:
+        try:
+            dataset.get(keyword)
+        except Exception:  # pydicom converts values when they are asked for
+            delattr(dataset, keyword)
     return dataset
+
+
+def _check_inflated(file: BinaryIO) -> None:
+    """Raises NotDicom for a deflated data set (PS3.5 A.5) that is too long, which pydicom would inflate at once."""
+    meta = file.read(LONGEST_META)
+    if not DEFLATED.search(meta):
+        return
+    if meta[:8] != GROUP_LENGTH:
+        raise NotDicom("a deflated file without FileMetaInformationGroupLength")
+    file.seek(144 + int.from_bytes(meta[8:12], "little"))
+    inflater, inflated = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    try:
+        while chunk := inflater.unconsumed_tail or file.read(CHUNK):
+            inflated += len(inflater.decompress(chunk, CHUNK))
+            if inflated > MAX_INFLATED:
+                raise NotDicom(f"a deflated data set of more than {MAX_INFLATED} bytes")
+    except zlib.error as error:
+        raise NotDicom("a deflated data set that does not inflate") from error

@@ -92,7 +92,14 @@ def _screened(path: Path, read: Callable[[Path], FileDataset]) -> FileDataset | 
     except NotDicom as error:
         return SetAside(Reason.NOT_DICOM, str(error))
     found = _screen(dataset)
-    return replace(found, series_uid=str(dataset.get("SeriesInstanceUID", ""))) if found else dataset
+    return replace(found, series_uid=_series_uid(dataset)) if found else dataset
+
+
+def _series_uid(dataset: FileDataset) -> str:
+    try:
+        return str(dataset.get("SeriesInstanceUID", ""))
+    except Exception:  # as in _screen()
+        return ""
 
 
 def _screen(header: FileDataset) -> SetAside | None:
