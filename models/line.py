@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.ct.processes import Prepare, Processes, Slots
-from models.ct.screening import SetAside
+from models.ct.screening import Frames, SetAside
 from models.load import Encoder
 
 # One runs, one waits, two are being filled: enough to hide a slow file.
@@ -36,7 +36,7 @@ class Line:
     """One encoder, fed by processes that prepare its input.
 
     `prepare(item, out)` runs in the processes: it writes an item's encoder input to `out` and answers what
-    there is to say of it, or a SetAside where it has none. Several threads may embed at once; a batch that
+    there is to say of it, or a SetAside or Frames where it has none. Several threads may embed at once; a batch that
     one leaves open the next fills.
     """
 
@@ -158,7 +158,7 @@ class Line:
 
 
 def _has_input(said: Any) -> bool:
-    return not isinstance(said, SetAside | Exception)
+    return not isinstance(said, SetAside | Frames | Exception)
 
 
 def _hand_out(batch: _Batch, said: list[Any], embeddings: Callable[[], NDArray[np.float32]] | None) -> None:

@@ -12,6 +12,7 @@ from models.heads.explain import faithfulness as deletion
 from models.heads.run import HeadRunner, Reading
 from service.errors import BagGone
 from service.schemas.predictions import Faithfulness, LabelFaithfulness, TopSlice
+from service.storage.bags import slices_of
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
 from service.storage.tables import EmbeddingRow, HeadRow, PredictionRow
@@ -25,7 +26,7 @@ class Bag:
 
     embeddings: NDArray[np.float16]  # (slices, windows, dim)
     windows: list[str]
-    slices: list[dict[str, Any]]  # series_uid, slice, sop_uid, z_mm
+    slices: list[dict[str, Any]]  # series_uid, slice, sop_uid, frame, z_mm
     contents: dict[str, str]  # of each series' bag, by series_uid
 
 
@@ -164,6 +165,5 @@ def read_bags(stores: Stores, encoder_id: str, contents: dict[str, str]) -> Bag:
         except FileNotFoundError as error:
             raise BagGone(f"bag {content} of series {series_uid} was replaced meanwhile; ask again") from error
         windows = receipt["windows"]
-        for k, (sop_uid, z_mm) in enumerate(zip(receipt["sop_uids"], receipt["z_mm"], strict=True)):
-            slices.append({"series_uid": series_uid, "slice": k, "sop_uid": sop_uid, "z_mm": z_mm})
+        slices += [{"series_uid": series_uid, **each} for each in slices_of(receipt)]
     return Bag(np.concatenate(bags), windows, slices, contents)

@@ -56,10 +56,10 @@ async def receive_files(
         writer.close()
     if not writer.complete:
         raise BadUpload("the multipart body ends before its closing boundary")
-    files = [file for file in writer.files if file.path.stat().st_size]
-    if not files:
+    if not any(file.path.stat().st_size for file in writer.files):
         raise EmptyUpload(f"no file with content in the upload, expected one or more parts named {FIELD!r}")
-    return files
+    # An empty part without a name is a browser's field that nobody filled.
+    return [file for file in writer.files if file.path.stat().st_size or file.name != file.path.name]
 
 
 class _PartWriter:

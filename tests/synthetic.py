@@ -22,12 +22,13 @@ def write_ct(
     folder: Path,
     hu: Sequence[NDArray[np.float32]] | NDArray[np.float32] | None = None,
     change: Callable[[int, FileDataset], None] | None = None,
+    identity: Identity = IDENTITY,
 ) -> list[Path]:
     """One file per slice, feet to head, 5 mm apart; `change(number, dataset)` may spoil each before it is saved."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, pixels in enumerate(random_hu() if hu is None else hu):
-        dataset = ct_slice(pixels, number * SPACING[0], number, SPACING, IDENTITY)
+        dataset = ct_slice(pixels, number * SPACING[0], number, SPACING, identity)
         if change:
             change(number, dataset)
         paths.append(folder / f"{number:04d}.dcm")

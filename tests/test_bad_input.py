@@ -162,6 +162,30 @@ def test_an_undecodable_slice_is_named_and_the_rest_goes_on(http):
     assert {each["code"] for each in series["verdict"]["findings"]} == {"slices_set_aside", "missing_slices"}
 
 
+def test_an_empty_file_among_others_is_named(http):
+    files = [*slice_files(Identity("BESIDE-EMPTY"), count=2), ("nothing.dcm", b"")]
+
+    answer = post(http, files).json()
+
+    (aside,) = answer["set_aside"]
+    assert (aside["file"], aside["reason"]) == ("nothing.dcm", "not_dicom")
+    assert answer["series"][0]["received"] == 2
+
+
+def test_names_that_are_not_ascii_come_back_as_they_were(http):
+    names = {"ISO_IR 100": "Äöü-Ñ", "ISO_IR 144": "Иванов", "GB18030": "王小东", "ISO 2022 IR 87": "山田"}
+    for character_set, patient_id in names.items():
+
+        def change(_, dataset, character_set=character_set, patient_id=patient_id):
+            dataset.SpecificCharacterSet = ["", character_set] if "2022" in character_set else character_set
+            dataset.PatientID, dataset.PatientName = patient_id, f"{patient_id}^{patient_id}"
+
+        embed(http, slice_files(Identity(patient_id), count=2, change=change))
+
+        (series,) = http.get("/v1/series", params={"patient_id": patient_id}).json()["series"]
+        assert (series["patient_id"], series["state"]) == (patient_id, "indexed")
+
+
 def test_an_unsupported_syntax_is_named_at_once(http):
     def unsupported(number, dataset):
         if number == 2:

@@ -1,9 +1,12 @@
+import shutil
+import subprocess
 import time
 
 import cv2
 import numpy as np
 import pydicom
 import pytest
+from conftest import missing
 from pydicom import uid
 from pydicom.encaps import encapsulate, generate_frames
 from synthetic import random_hu, write_slice
@@ -232,17 +235,117 @@ def test_baseline_jpeg_is_what_another_decoder_reads(data):
     np.testing.assert_allclose(read_hu(path), expected, atol=1e-3)
 
 
+TWELVE_BITS = [
+    "JPEGProcess2_4TransferSyntax_1.2.840.10008.1.2.4.51",
+    "JPEGProcess6_8TransferSyntax_1.2.840.10008.1.2.4.53",
+    "JPEGProcess10_12TransferSyntax_1.2.840.10008.1.2.4.55",
+]
+
+
+@pytest.mark.parametrize("name", TWELVE_BITS)
+def test_twelve_bit_jpeg_stays_within_its_tolerance(data, name):
+    difference = np.abs(read_hu(cornerstone(data, name)) - read_hu(cornerstone(data)))
+
+    assert 0 < difference.max() <= 90  # HU; one step of what is stored is 2
+    assert difference.mean() <= 4
+
+
+def test_twelve_bit_jpeg_is_what_dcmtk_reads(data, tmp_path):
+    if shutil.which("dcmdjpeg") is None:
+        missing("dcmdjpeg (Debian dcmtk) is not installed")
+    path = cornerstone(data, TWELVE_BITS[0])
+    subprocess.run(["dcmdjpeg", path, tmp_path / "plain.dcm"], check=True)
+
+    np.testing.assert_array_equal(read_hu(path), read_hu(tmp_path / "plain.dcm"))
+
+
+def test_monochrome1_inverts_the_display_and_not_the_hu(tmp_path):
+    hu = random_hu(slices=1)[0]
+    path = write_slice(tmp_path, lambda dataset: setattr(dataset, "PhotometricInterpretation", "MONOCHROME1"), hu)
+
+    np.testing.assert_array_equal(read_hu(path), hu)
+
+
+def padded(value, limit=None, syntax=uid.ExplicitVRLittleEndian, signed=True):
+    """A change of a slice to stored values of which some are padding, slope 1 and intercept -1000."""
+
+    def change(dataset):
+        storing(
+            [[-2000, 0], [1500, 3000]] if signed else [[0, 1000], [2500, 4000]], 1, -1000, "<i2" if signed else "<u2"
+        )(dataset)
+        dataset.PixelPaddingValue = value
+        if limit is not None:
+            dataset.PixelPaddingRangeLimit = limit
+        dataset.file_meta.TransferSyntaxUID = syntax
+
+    return change
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian], ids=by_name)
 @pytest.mark.parametrize(
-    "name",
+    ("value", "limit", "expected"),
     [
-        "JPEGProcess2_4TransferSyntax_1.2.840.10008.1.2.4.51",
-        "JPEGProcess6_8TransferSyntax_1.2.840.10008.1.2.4.53",
-        "JPEGProcess10_12TransferSyntax_1.2.840.10008.1.2.4.55",
+        (3000, None, [[-3000, -1000], [500, -1000]]),  # brighter than air: air
+        (-2000, None, [[-3000, -1000], [500, 2000]]),  # below every window: as it is
+        (1500, 3000, [[-3000, -1000], [-1000, -1000]]),
+        (3000, 1500, [[-3000, -1000], [-1000, -1000]]),
+        (7, None, [[-3000, -1000], [500, 2000]]),
     ],
 )
-def test_a_syntax_that_no_decoder_reads_is_undecodable(data, name):
-    with pytest.raises(UndecodableSlice):
-        read_hu(cornerstone(data, name))
+def test_padding_is_never_brighter_than_air(tmp_path, syntax, value, limit, expected):
+    assert read_hu(write_slice(tmp_path, padded(value, limit, syntax))).tolist() == expected
+
+
+def test_unsigned_padding_is_found_too(tmp_path):
+    assert read_hu(write_slice(tmp_path, padded(4000, signed=False))).tolist() == [[-1000, 0], [1500, -1000]]
+
+
+def test_a_padding_value_written_with_the_other_sign_is_the_same_bits(tmp_path):
+    path = write_slice(tmp_path, padded(3000))
+    content = path.read_bytes()
+    # a stored -536 and a padding of 65000, as scanners write -2000 as 63536 beside signed pixels
+    content = content.replace(b"\x28\x00\x20\x01SS\x02\x00\xb8\x0b", b"\x28\x00\x20\x01US\x02\x00\xe8\xfd")
+    path.write_bytes(content[:-2] + b"\xe8\xfd")  # 65000 and -536 are the same sixteen bits
+    changed = pydicom.dcmread(path)
+    changed.RescaleIntercept = 2000
+    changed.save_as(path)
+
+    assert pydicom.dcmread(path).PixelPaddingValue == 65000
+    assert read_hu(path).tolist() == [[0, 2000], [3500, -1000]]
+
+
+def test_the_padding_of_a_real_ge_slice_stays_below_every_window(lidc_0001):
+    dataset = pydicom.dcmread(lidc_0001[0])
+    stored = dataset.pixel_array.astype(np.float32)
+
+    assert dataset.PixelPaddingValue == 63536
+    np.testing.assert_array_equal(read_hu(lidc_0001[0]), stored - 1024)
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless], ids=by_name)
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+def test_values_that_end_above_the_lowest_bit_are_shifted_down(tmp_path, syntax, signed):
+    """BitsStored 12 and HighBit 15, as the standard allowed before it asked for HighBit 11 (PS3.5 8.1.1)."""
+    values = np.array([[-2000, -1], [0, 1500]] if signed else [[0, 1], [4095, 2000]])
+
+    def change(dataset):
+        storing((values << 4) | 0x5, 1, 0, "<i2" if signed else "<u2")(dataset)
+        dataset.compress(syntax, generate_instance_uid=False) if syntax.is_compressed else None
+        dataset.BitsStored, dataset.HighBit = 12, 15
+
+    assert read_hu(write_slice(tmp_path, change)).tolist() == values.tolist()
+
+
+def test_an_overlay_in_the_high_bits_is_no_part_of_the_value(tmp_path):
+    values = np.array([[0, 100], [2000, 4095]], dtype="<u2")
+
+    def change(dataset):
+        storing(values | 0x8000, 1, 0)(dataset)
+        dataset.BitsStored, dataset.HighBit = 12, 11
+        dataset.add_new(0x60000010, "US", 2)  # OverlayRows, retired as part of the pixels (PS3.5 8.1.2)
+        dataset.add_new(0x60000102, "US", 15)  # OverlayBitPosition
+
+    assert read_hu(write_slice(tmp_path, change)).tolist() == values.tolist()
 
 
 @pytest.mark.parametrize("number", range(73, 93))

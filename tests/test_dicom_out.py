@@ -13,18 +13,19 @@ from pathlib import Path
 import pydicom
 import pytest
 from conftest import missing
+from enhanced import write_enhanced
 from highdicom.ko import KeyObjectSelectionDocument
 from highdicom.sr import EnhancedSR
 from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
-from synthetic import write_ct
+from synthetic import random_hu, write_ct
 
 from models.ct.header import read_header
 from service.dicom_out.document import DISCLAIMER, to_bytes
 from service.dicom_out.key_objects import key_objects
-from service.dicom_out.outcome import Outcome
+from service.dicom_out.outcome import Outcome, TopImage
 from service.dicom_out.report import LONGEST_MEANING, label_code, report
 from service.dicom_out.source import SOURCE_ELEMENTS
 
@@ -50,8 +51,8 @@ def outcome(sources: list[Dataset], **changed) -> Outcome:
         encoder_id="efficientnet_lite0@0123456789ab",
         windows=("abdomen", "lung"),
         probabilities={"nodule": 0.123456789, "größer als \\ 3 cm": 0.75},
-        slices=tuple(named),
-        top=tuple((*each, 0.5 / (rank + 1)) for rank, each in enumerate(reversed(named))),
+        instances=tuple(named),
+        top=tuple(TopImage(*each, None, 0.5 / (rank + 1)) for rank, each in enumerate(reversed(named))),
         bags=((named[0][0], "c0ffee"),),
         made_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
     )
@@ -111,8 +112,47 @@ def test_key_objects_point_at_the_original_slices_the_highest_first(sources):
     assert document.Modality == "KO"
 
 
+@pytest.fixture
+def frames(tmp_path) -> tuple[list[Dataset], tuple[TopImage, ...]]:
+    """The header of a multi-frame file, and three of its frames, the last at the top."""
+    (header,) = headers([write_enhanced(tmp_path, random_hu(slices=5))])
+    uids = header.SeriesInstanceUID, header.SOPInstanceUID
+    return [header], tuple(TopImage(*uids, number, 0.1 * number) for number in (5, 3, 1))
+
+
+def test_frames_are_pointed_at_by_their_numbers(frames):
+    headers, top = frames
+    said = outcome(headers, top=top)
+
+    document = KeyObjectSelectionDocument.from_dataset(key_objects(said, headers * 3))
+    groups = EnhancedSR.from_dataset(report(said, headers)).content.get_image_measurement_groups()[2:]
+
+    uids = [str(headers[0].SOPInstanceUID)] * 3
+    references = document.content.get_references()
+    assert [each.referenced_sop_instance_uid for each in references] == uids
+    assert [each.referenced_frame_numbers for each in references] == [[5], [3], [1]]
+    images = [group.get_measurements()[0].referenced_images[0] for group in groups]
+    assert [each.referenced_frame_numbers for each in images] == [[5], [3], [1]]
+    assert len({group.tracking_uid for group in groups}) == 3
+
+
+@pytest.mark.parametrize("kind", ["key objects", "report"])
+def test_an_outside_tool_finds_no_error_in_references_to_frames(frames, kind, tmp_path):
+    if shutil.which("dciodvfy") is None:
+        missing("dciodvfy (Debian dicom3tools) is not installed")
+    headers, top = frames
+    said = outcome(headers, top=top)
+    made = key_objects(said, headers * 3) if kind == "key objects" else report(said, headers)
+    path = tmp_path / "object.dcm"
+    path.write_bytes(to_bytes(made))
+
+    answer = subprocess.run(["dciodvfy", path], check=False, capture_output=True, text=True, errors="replace")
+
+    assert [line for line in (answer.stdout + answer.stderr).splitlines() if line.startswith("Error")] == []
+
+
 def test_the_report_names_every_slice_that_was_read(sources):
-    document = EnhancedSR.from_dataset(read(both(sources, top=())["report"]))
+    document = EnhancedSR.from_dataset(report(outcome(sources, top=()), sources))
 
     assert sorted(document.get_evidence()) == sorted(
         (each.StudyInstanceUID, each.SeriesInstanceUID, each.SOPInstanceUID, each.SOPClassUID) for each in sources

@@ -45,6 +45,17 @@ def test_every_reason_is_documented():
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {str(reason) for reason in Reason}
 
 
+def test_every_case_of_the_table_has_its_test():
+    page = (ROOT / "docs/dicom.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    there = {
+        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+
+    assert len(named) > 30
+    assert named <= there
+
+
 def test_every_encoder_is_documented():
     page = (ROOT / "docs/encoders.md").read_text()
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]

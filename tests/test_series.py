@@ -5,7 +5,7 @@ from pydicom import uid
 from synthetic import SPACING, random_hu, write_ct
 
 from models.ct.screening import Reason, SetAside
-from models.ct.series import CTSeries, Finding, Status, Verdict, arrange, read_series, read_slice
+from models.ct.series import CTSeries, Finding, Status, Verdict, arrange, read_series, read_slices
 
 
 def names(series: CTSeries) -> list[str]:
@@ -102,6 +102,131 @@ def test_of_two_slices_at_one_position_the_first_acquisition_is_kept_and_the_oth
     )
 
 
+def test_of_slices_of_different_content_at_one_position_the_first_instance_is_used_whatever_the_files_are_called(
+    tmp_path,
+):
+    def change(number, dataset):
+        dataset.InstanceNumber = 6 - number
+        if number < 2:
+            dataset.ImagePositionPatient = [-12, -12, 5 + 0.02 * number]
+
+    paths = write_ct(tmp_path, change=change)
+    series = read_series(paths)
+    renamed = [path.rename(path.with_name(f"{9 - k}.dcm")) for k, path in enumerate(paths)]
+
+    (name, found), *_ = series.set_aside
+    assert names(series) == FILES[1:]
+    assert (name, found.reason) == (FILES[0], Reason.DUPLICATE_POSITION)
+    assert found.detail == f"{series.slices[0].sop_uid} lies at 5.02 mm too, and is used"
+    assert [each.sop_uid for each in read_series(renamed).slices] == [each.sop_uid for each in series.slices]
+
+
+def stacked(*stacks):
+    """A change that gives the slices, in order, the positions of some stacks: (acquisition, kernel, positions)."""
+    places = [(acquisition, kernel, z) for acquisition, kernel, positions in stacks for z in positions]
+
+    def change(number, dataset):
+        dataset.AcquisitionNumber, dataset.ConvolutionKernel, z = places[number]
+        dataset.ImagePositionPatient = [-12, -12, z]
+
+    return change
+
+
+@pytest.mark.parametrize("other", [(2, "STANDARD"), (1, "BONE")], ids=["acquisition", "kernel"])
+def test_of_two_stacks_that_overlap_the_larger_is_used_and_the_other_only_beyond_it(tmp_path, other):
+    change = stacked((*other, [7, 27]), (1, "STANDARD", [0, 5, 10, 15]))
+
+    series = read_series(write_ct(tmp_path, change=change))
+
+    assert [each.z_mm for each in series.slices] == [0, 5, 10, 15, 27]
+    assert set_aside(series) == [(FILES[0], Reason.OVERLAPPING_STACK)]
+    assert series.set_aside[0][1].detail.startswith("at 7.0 mm the larger stack of acquisition 1")
+
+
+def test_of_two_stacks_at_the_same_positions_one_is_used_throughout(tmp_path):
+    change = stacked((2, "BONE", [0, 5, 10]), (1, "STANDARD", [0, 5, 10]))
+
+    series = read_series(write_ct(tmp_path, change=change))
+
+    assert {(each.acquisition, each.kernel) for each in series.slices} == {(1, "STANDARD")}
+    assert {reason for _, reason in set_aside(series)} == {Reason.DUPLICATE_POSITION}
+    assert [each.code for each in series.verdict().findings] == ["slices_set_aside"]
+
+
+def test_an_acquisition_that_goes_on_where_another_ended_is_part_of_the_series(tmp_path):
+    series = read_series(write_ct(tmp_path, change=stacked((1, "A", [0, 5, 10, 15]), (2, "A", [20, 25]))))
+
+    assert len(series.slices) == 6
+    assert series.verdict() == Verdict(Status.ACCEPTED, ())
+
+
+def test_acquisitions_that_lie_evenly_between_each_other_are_one_scan(tmp_path):
+    series = read_series(write_ct(tmp_path, change=stacked((1, "A", [0, 10, 20]), (2, "A", [5, 15, 25]))))
+
+    assert [each.z_mm for each in series.slices] == [0, 5, 10, 15, 20, 25]
+    assert series.verdict() == Verdict(Status.ACCEPTED, ())
+
+
+def test_a_gap_in_the_larger_stack_is_filled_by_the_smaller(tmp_path):
+    series = read_series(write_ct(tmp_path, change=stacked((1, "A", [0, 5, 10, 20]), (2, "A", [14.5, 7]))))
+
+    assert [each.z_mm for each in series.slices] == [0, 5, 10, 14.5, 20]
+    assert set_aside(series) == [(FILES[5], Reason.OVERLAPPING_STACK)]
+
+
+def test_a_series_without_positions_is_ordered_by_slice_location_and_says_so(tmp_path):
+    def change(number, dataset):
+        del dataset.ImagePositionPatient
+        dataset.SliceLocation = [25, 20, 15, 10, 5, 0][number]
+
+    series = read_series(write_ct(tmp_path, change=change))
+
+    assert names(series) == FILES[::-1]
+    assert series.verdict() == Verdict(
+        Status.ACCEPTED_WITH_WARNINGS,
+        (
+            Finding(
+                "position_assumed",
+                {"slices": 6, "assumed": "SliceLocation is the position, growing towards the head"},
+            ),
+        ),
+    )
+
+
+def test_a_slice_without_position_among_others_that_have_one_is_set_aside(tmp_path):
+    def change(number, dataset):
+        dataset.SliceLocation = number * 5
+        if number == 3:
+            del dataset.ImagePositionPatient
+
+    assert set_aside(read_series(write_ct(tmp_path, change=change))) == [(FILES[3], Reason.NO_POSITION)]
+
+
+@pytest.mark.parametrize(
+    ("position", "orientation"),
+    [
+        ("HFS", [1, 0, 0, 0, 1, 0]),
+        ("FFS", [-1, 0, 0, 0, 1, 0]),
+        ("HFP", [-1, 0, 0, 0, -1, 0]),
+        ("FFP", [1, 0, 0, 0, -1, 0]),
+    ],
+)
+def test_feet_first_and_prone_series_run_feet_to_head_too(tmp_path, position, orientation):
+    def change(number, dataset):
+        dataset.PatientPosition, dataset.ImageOrientationPatient = position, orientation
+
+    series = read_series(write_ct(tmp_path, change=change))
+
+    assert names(series) == FILES
+    assert series.verdict() == Verdict(Status.ACCEPTED, ())
+
+
+def test_a_unit_that_is_not_said_is_taken_for_hu_and_named(tmp_path):
+    assert read_series(write_ct(tmp_path, change=changed(2, RescaleType="US"))).verdict().findings == (
+        Finding("unit_unspecified", {"slices": 1, "assumed": "HU"}),
+    )
+
+
 def test_slices_a_tenth_of_a_millimetre_apart_are_not_duplicates(tmp_path):
     def change(number, dataset):
         dataset.ImagePositionPatient = [-12, -12, number * 0.1]
@@ -115,7 +240,7 @@ def test_a_gap_is_found_with_its_place_and_width(tmp_path):
 
     series = read_series(write_ct(tmp_path, change=change))
 
-    gaps = [{"after_slice": 2, "gap_mm": 10.0}, {"after_slice": 4, "gap_mm": 17.5}]
+    gaps = [{"after_slice": 2, "after_mm": 10, "gap_mm": 10}, {"after_slice": 4, "after_mm": 25, "gap_mm": 17.5}]
     assert series.spacing_mm == 5.0
     assert series.verdict() == Verdict(
         Status.ACCEPTED_WITH_WARNINGS, (Finding("missing_slices", {"gaps": gaps, "expected_mm": 5.0}),)
@@ -128,7 +253,7 @@ def test_uneven_spacing_is_found_with_its_smallest_and_largest_step(tmp_path):
 
     assert read_series(write_ct(tmp_path, change=change)).verdict() == Verdict(
         Status.ACCEPTED_WITH_WARNINGS,
-        (Finding("uneven_spacing", {"min_mm": 4.0, "max_mm": 6.0, "expected_mm": 5.0}),),
+        (Finding("uneven_spacing", {"min_mm": 4.0, "max_mm": 6.0, "expected_mm": 5.0, "after_mm": [5.0, 19.0]}),),
     )
 
 
@@ -224,7 +349,7 @@ def test_a_single_slice_is_accepted_with_a_warning(tmp_path):
 
 def test_undecodable_slices_are_set_aside_with_the_verdict_of_what_is_left(tmp_path):
     paths = write_ct(tmp_path)
-    slices = [read_slice(path) for path in paths]
+    slices = [read_slices(path)[0] for path in paths]
     broken = SetAside(Reason.UNDECODABLE, "RuntimeError while decoding")
 
     left = arrange(zip(paths, [*slices[:2], broken, *slices[3:]], strict=True))
@@ -234,7 +359,9 @@ def test_undecodable_slices_are_set_aside_with_the_verdict_of_what_is_left(tmp_p
     assert left.verdict() == Verdict(
         Status.ACCEPTED_WITH_WARNINGS,
         (
-            Finding("missing_slices", {"gaps": [{"after_slice": 1, "gap_mm": 10.0}], "expected_mm": 5.0}),
+            Finding(
+                "missing_slices", {"gaps": [{"after_slice": 1, "after_mm": 5.0, "gap_mm": 10.0}], "expected_mm": 5.0}
+            ),
             Finding("slices_set_aside", {"undecodable": 1}),
         ),
     )

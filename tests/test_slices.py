@@ -7,7 +7,7 @@ from synthetic import random_hu, write_slice
 
 from models.ct.decode import read_hu
 from models.ct.screening import Reason, SetAside
-from models.ct.series import read_slice
+from models.ct.series import read_slices
 from models.ct.slices import encoder_input, prepare_slice
 from models.ct.windows import ABDOMEN, LUNG, apply_window
 
@@ -67,7 +67,7 @@ def test_preparing_a_file_is_decoding_windowing_and_resizing(tmp_path):
 
     said = prepare_slice(path, out, WINDOWS, 16)
 
-    assert said == read_slice(path)
+    assert said == read_slices(path)[0]
     np.testing.assert_array_equal(out, encoder_input(read_hu(path), WINDOWS, 16))
 
 
@@ -77,8 +77,8 @@ def test_a_file_that_is_no_slice_says_the_same_as_its_header(tmp_path):
     no_dicom.write_text("nothing to see")
 
     for path in (no_ct, no_dicom):
-        assert isinstance(read_slice(path), SetAside)
-        assert prepare_slice(path, np.zeros((2, 16, 16), np.float32), WINDOWS, 16) == read_slice(path)
+        assert isinstance(read_slices(path)[0], SetAside)
+        assert prepare_slice(path, np.zeros((2, 16, 16), np.float32), WINDOWS, 16) == read_slices(path)[0]
 
 
 def test_a_file_cut_short_is_set_aside_as_undecodable(tmp_path):

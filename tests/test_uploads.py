@@ -73,6 +73,12 @@ def test_what_is_no_upload_is_refused(tmp_path, sent, kind, error):
         receive(sent, tmp_path, kind=kind)
 
 
+def test_an_empty_file_among_others_is_kept_for_whoever_names_it_and_an_unfilled_field_is_not(tmp_path):
+    files = receive(body(("a", b"1"), ("empty.dcm", b""), ("", b"")), tmp_path)
+
+    assert [file.name for file in files] == ["a", "empty.dcm"]
+
+
 def test_staging_is_gone_at_the_end_even_of_a_failure(tmp_path):
     def fail() -> None:
         with staging(tmp_path / "staging") as folder:

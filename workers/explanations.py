@@ -10,6 +10,7 @@ from models.heads.export import from_safetensors
 from models.heads.options import HeadOptions
 from models.heatmap import heat_map as look
 from models.heatmap import label_gradient
+from service.storage.bags import slices_of
 from service.storage.keys import EmbeddingKey, HeatSpot
 from workers.resources import Resources
 
@@ -32,7 +33,8 @@ def heat_map(spot: HeatSpot, worker: Resources) -> None:
     gradient = label_gradient(
         ensemble, flat, spot.slice * len(receipt["windows"]) + window, head.labels.index(spot.label)
     )
-    hu = read_hu(stores.archive.file(spot.series_uid, receipt["sop_uids"][spot.slice]))
+    place = slices_of(receipt)[spot.slice]
+    hu = read_hu(stores.archive.file(spot.series_uid, place["sop_uid"]), place["frame"])
     picture = encoder_input(hu, encoder.spec.windows, encoder.spec.input_size)[window]
     found = look(encoder.spec, encoder.network, picture, gradient)
     stores.heatmaps.put(spot, {**asdict(found), "cells": np.round(found.cells, 9).tolist()})

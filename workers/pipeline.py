@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy.exc import OperationalError
 
-from models.ct.screening import SetAside
+from models.ct.screening import Frames, SetAside
 from models.ct.series import CTSeries, arrange
 from models.heads.export import to_onnx, to_safetensors
 from models.heads.loader import NotABag
@@ -38,6 +38,8 @@ from workers.resources import Resources
 PROGRESS_SECONDS = 1.0  # between two notes of progress, which are also the sign of life
 INDEX_LEASE_SECONDS = 120.0
 INDEX_BAGS_PER_COMMIT = 64
+
+Progress = Callable[[int, int], None]  # slices done, of slices known
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     stores, started, clock = worker.stores, now(), time.perf_counter()
     files = stores.archive.files(key.series_uid)
     content = content_of([path.name for path in files])
-    progress = _throttled(lambda done: stores.catalog.progress(key, done, len(files)))
+    progress = _throttled(partial(stores.catalog.progress, key))
     embed = _embedded_volume if line.encoder.spec.volume else _embedded_slices
     try:
         series, embeddings = embed(files, line, progress)
@@ -191,21 +193,25 @@ def check_canary(worker: Resources) -> None:
     log.info("canary of %s: cosine %.6f", encoder.id, cosine)
 
 
-def _embedded_slices(
-    files: list[Path], line: Line, progress: Callable[[int], None]
-) -> tuple[CTSeries, NDArray[np.float32]]:
-    """The series, feet to head, and its slices' embeddings, (slices, windows, dim). Each file is read once."""
-    said = [(path, *answer) for path, answer in zip(files, line.embed(files, progress), strict=True)]
+def _embedded_slices(files: list[Path], line: Line, progress: Progress) -> tuple[CTSeries, NDArray[np.float32]]:
+    """The series, feet to head, and its slices' embeddings, (slices, windows, dim).
+
+    A file of one slice is read once. A multi-frame file answers how many frames it has, and each is then an item.
+    """
+    said = [(path, *answer) for path, answer in zip(files, line.embed(files, _of(progress, len(files))), strict=True)]
+    frames = [(path, k + 1) for path, found, _ in said if isinstance(found, Frames) for k in range(found.count)]
+    if frames:
+        said = [each for each in said if not isinstance(each[1], Frames)]
+        answers = line.embed(frames, _of(progress, len(said) + len(frames), before=len(said)))
+        said += [(path, *answer) for (path, _), answer in zip(frames, answers, strict=True)]
     series = arrange((path, found) for path, found, _ in said)
-    embeddings = {path: embedding for path, _, embedding in said}
-    return series, np.array([embeddings[each.path] for each in series.slices])
+    embeddings = {(path, found.frame): embedding for path, found, embedding in said}
+    return series, np.array([embeddings[each.path, each.frame] for each in series.slices])
 
 
-def _embedded_volume(
-    files: list[Path], line: Line, progress: Callable[[int], None]
-) -> tuple[CTSeries, NDArray[np.float32]]:
+def _embedded_volume(files: list[Path], line: Line, progress: Progress) -> tuple[CTSeries, NDArray[np.float32]]:
     """The series and its one embedding, (1, 1, dim). Raises NoVolume."""
-    ((series, embedding),) = line.embed([files], lambda done: progress(done * len(files)))
+    ((series, embedding),) = line.embed([files], lambda done: progress(done * len(files), len(files)))
     if isinstance(series, SetAside):
         raise NoVolume(series.detail)
     return series, np.array([embedding])
@@ -222,6 +228,7 @@ def _receipt(series: CTSeries, encoder: Encoder) -> dict[str, Any]:
         "code_version": version("keyslice"),
         "windows": [window.name for window in encoder.spec.windows],
         "sop_uids": [each.sop_uid for each in rows],
+        "frames": [each.frame for each in rows],
         "z_mm": [each.z_mm for each in rows],
         "rescale": sorted({(each.slope, each.intercept) for each in slices}, key=str),
         "decoders": sorted({each.decoder for each in slices}),
@@ -233,7 +240,7 @@ def _receipt(series: CTSeries, encoder: Encoder) -> dict[str, Any]:
 
 def _verdict(series: CTSeries) -> dict[str, Any]:
     set_aside = [
-        {"sop_uid": name.removesuffix(".dcm"), "reason": each.reason, "detail": each.detail}
+        {"sop_uid": name.removesuffix(".dcm"), "frame": each.frame, "reason": each.reason, "detail": each.detail}
         for name, each in series.set_aside
     ]
     return {**asdict(series.verdict()), "set_aside": set_aside}
@@ -249,6 +256,7 @@ def _slice_rows(key: EmbeddingKey, content: str, worker: Resources) -> SliceRows
         z_mm=receipt["z_mm"],
         windows=receipt["windows"],
         bag=worker.stores.bags.get(key, content),
+        frames=receipt.get("frames"),
     )
 
 
@@ -261,6 +269,10 @@ def _bag_names(series_uids: list[str], encoder_id: str, worker: Resources) -> li
 def _joined_bags(names: list[tuple[EmbeddingKey, str]], worker: Resources) -> NDArray[np.float16]:
     """The bags of some series, one after another: (slices, windows, dim)."""
     return np.concatenate([worker.stores.bags.get(key, content) for key, content in names])
+
+
+def _of(progress: Progress, known: int, before: int = 0) -> Callable[[int], None]:
+    return lambda done: progress(before + done, known)
 
 
 def _throttled(note: Callable[..., None]) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -13,8 +14,14 @@ from pydicom.pixels.decoders.base import get_decoder
 
 from models.ct.errors import UndecodableSlice
 from models.ct.frames import frame_shape
+from models.ct.header import NotDicom
+from models.ct.multiframe import frame_with_pixels
 
 NATIVE = "pydicom"
+
+# Retired JPEG processes that GDCM reads as it reads the sequential ones.
+JPEG_SPECTRAL_SELECTION, JPEG_FULL_PROGRESSION = uid.UID("1.2.840.10008.1.2.4.53"), uid.UID("1.2.840.10008.1.2.4.55")
+JPEG_12_BITS = (uid.JPEGExtended12Bit, JPEG_SPECTRAL_SELECTION, JPEG_FULL_PROGRESSION)
 
 # Which plugin decodes which transfer syntax: the fastest of those with a licence that is not GPL (docs/decisions/0003).
 DECODERS: dict[str, str] = {
@@ -24,7 +31,7 @@ DECODERS: dict[str, str] = {
     uid.DeflatedExplicitVRLittleEndian: NATIVE,
     uid.RLELossless: "pylibjpeg",
     uid.JPEGBaseline8Bit: "gdcm",
-    uid.JPEGExtended12Bit: "gdcm",
+    **dict.fromkeys(JPEG_12_BITS, "gdcm"),
     uid.JPEGLossless: "gdcm",
     uid.JPEGLosslessSV1: "gdcm",
     uid.JPEGLSLossless: "pyjpegls",
@@ -41,15 +48,25 @@ END_OF_IMAGE = b"\xff\xd9"  # ITU-T T.87 C.1.1
 # Larger than any scanner writes; a few header bytes must not be able to ask for gigabytes.
 MAX_PIXELS = 4096 * 4096
 
+AIR_HU = -1000.0
 
-def read_hu(path: Path) -> NDArray[np.float32]:
+
+def read_hu(path: Path, frame: int | None = None) -> NDArray[np.float32]:
     """The slice's (rows, columns) in HU: stored value times slope plus intercept (PS3.3 C.11.1.1.2).
 
-    Raises UndecodableSlice where the file has no pixels, or its decoder cannot read them.
+    `frame`, from 1, of a multi-frame file; no other frame is read. Raises UndecodableSlice where the file has no
+    pixels, or its decoder cannot read them.
     """
-    content = io.BytesIO(path.read_bytes())  # a disk that fails is no fault of the slice, and may be over in a moment
     try:
+        if frame is not None:
+            return decoded_hu(frame_with_pixels(path, frame))
+        # A disk that fails is no fault of the slice, and may be over in a moment.
+        content = io.BytesIO(path.read_bytes())
         dataset = pydicom.dcmread(content, force=True)
+    except (OSError, UndecodableSlice):
+        raise
+    except NotDicom as error:
+        raise UndecodableSlice(str(error)) from error
     except Exception as error:  # arbitrary bytes make pydicom raise anything
         raise UndecodableSlice(f"{type(error).__name__} while reading") from error
     return decoded_hu(dataset)
@@ -80,16 +97,20 @@ def _hu(dataset: FileDataset) -> NDArray[np.float32]:
     if decoder == "pyjpegls" and not _frame(dataset).rstrip(b"\0").endswith(END_OF_IMAGE):
         # Its decoder would go on for seconds over a frame that was cut off.
         raise UndecodableSlice("the JPEG-LS frame ends before its end marker")
-    # Not dataset.pixel_array, which keeps a copy and takes six times as long for uncompressed pixels.
-    pixels, _ = get_decoder(syntax).as_array(dataset, decoding_plugin="" if decoder == NATIVE else decoder)
+    pixels = _stored(dataset, syntax, decoder)
     if pixels.shape != (dataset.Rows, dataset.Columns):
         raise UndecodableSlice(f"decoded to {pixels.shape}, expected ({dataset.Rows}, {dataset.Columns})")
     hu = pixels.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
-        hu *= np.float32(dataset.get("RescaleSlope", 1.0) or 1.0)
-        hu += np.float32(dataset.get("RescaleIntercept", 0.0) or 0.0)
+        slope = np.float32(dataset.get("RescaleSlope", 1.0) or 1.0)
+        intercept = np.float32(dataset.get("RescaleIntercept", 0.0) or 0.0)
+        hu *= slope
+        hu += intercept
     if not np.isfinite(hu.min() + hu.max()):
         raise UndecodableSlice("RescaleSlope or RescaleIntercept makes HU that are not finite")
+    if (padding := _padding(dataset)) and max(padding) * slope + intercept > AIR_HU:
+        low, high = padding
+        np.minimum(hu, AIR_HU, out=hu, where=(pixels >= low) & (pixels <= high))
     return hu
 
 
@@ -98,6 +119,55 @@ def _check_frame(dataset: FileDataset) -> None:
     expected, found = (dataset.Rows, dataset.Columns, dataset.get("SamplesPerPixel", 1)), frame_shape(_frame(dataset))
     if found != expected:
         raise UndecodableSlice(f"the frame says (rows, columns, samples) are {found}, expected {expected}")
+
+
+def _stored(dataset: FileDataset, syntax: str, decoder: str) -> NDArray[np.integer[Any]]:
+    """The stored values (PS3.5 8.1.1), without what lies beside their bits: old overlays, or a scanner's own."""
+    if syntax in JPEG_12_BITS:
+        return _jpeg_of_any_precision(dataset)
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.get("BitsStored") or dataset.BitsAllocated)
+    high = int(dataset.get("HighBit", stored - 1))
+    raised = decoder == NATIVE or syntax == uid.RLELossless
+    if not (raised and stored - 1 < high < allocated):
+        # Not dataset.pixel_array, which keeps a copy and takes six times as long for uncompressed pixels.
+        return _decoded(dataset, syntax, decoder)
+    # Values that end above the lowest bit, as the standard allowed before 2004; pydicom does not look at HighBit.
+    pixels = _decoded(dataset, syntax, decoder, correct_unused_bits=False)
+    return (pixels << (allocated - 1 - high)) >> (allocated - stored)
+
+
+def _decoded(dataset: FileDataset, syntax: str, decoder: str, **options: Any) -> NDArray[np.integer[Any]]:
+    plugin = "" if decoder == NATIVE else decoder
+    return get_decoder(syntax).as_array(dataset, decoding_plugin=plugin, **options)[0]
+
+
+def _jpeg_of_any_precision(dataset: FileDataset) -> NDArray[np.integer[Any]]:
+    """A lossy JPEG frame of 8 or 12 bits. GDCM reads each process alike, but pydicom asks it for the baseline only."""
+    options: dict[str, Any] = {
+        "rows": dataset.Rows,
+        "columns": dataset.Columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": 1,
+        "photometric_interpretation": "MONOCHROME2",
+        "bits_allocated": dataset.BitsAllocated,
+        "bits_stored": dataset.BitsStored,
+        "pixel_representation": dataset.PixelRepresentation,
+        "pixel_keyword": "PixelData",
+    }
+    return get_decoder(uid.JPEGBaseline8Bit).as_array(dataset.PixelData, decoding_plugin="gdcm", **options)[0]
+
+
+def _padding(dataset: FileDataset) -> tuple[int, int] | None:
+    """The lowest and highest stored value that is padding and no measurement (PS3.3 C.7.5.1.1.2)."""
+    try:
+        first = int(dataset.PixelPaddingValue)
+        limit = int(dataset.get("PixelPaddingRangeLimit") or first)
+    except (AttributeError, TypeError, ValueError):  # there is none, or it is no number
+        return None
+    signed, span = dataset.PixelRepresentation == 1, 2 ** int(dataset.BitsAllocated)
+    # Scanners write the VR of the other sign: 63536 for -2000.
+    first, limit = ((value + span // 2 * signed) % span - span // 2 * signed for value in (first, limit))
+    return min(first, limit), max(first, limit)
 
 
 def _frame(dataset: FileDataset) -> bytes:

@@ -21,8 +21,11 @@ warnings.filterwarnings("ignore", module=r"pydicom\.")
 HEADER_TAGS = [
     "AcquisitionNumber",
     "BitsAllocated",
+    "BitsStored",
     "Columns",
     "ConvolutionKernel",
+    "DerivationDescription",
+    "HighBit",
     "ImageOrientationPatient",
     "ImagePositionPatient",
     "ImageType",
@@ -31,20 +34,33 @@ HEADER_TAGS = [
     "Modality",
     "NumberOfFrames",
     "PatientID",
+    "PerFrameFunctionalGroupsSequence",
     "PhotometricInterpretation",
     "PixelSpacing",
     "RescaleIntercept",
     "RescaleSlope",
+    "RescaleType",
     "Rows",
     "SOPClassUID",
     "SOPInstanceUID",
     "SamplesPerPixel",
     "SeriesInstanceUID",
+    "SharedFunctionalGroupsSequence",
+    "SliceLocation",
     "StudyInstanceUID",
 ]
 
 # What a slice is as good without: one that cannot be converted counts as missing.
-OPTIONAL = ["AcquisitionNumber", "ConvolutionKernel", "InstanceNumber", "LossyImageCompression", "PixelSpacing"]
+OPTIONAL = [
+    "AcquisitionNumber",
+    "ConvolutionKernel",
+    "DerivationDescription",
+    "InstanceNumber",
+    "LossyImageCompression",
+    "PixelSpacing",
+    "RescaleType",
+    "SliceLocation",
+]
 
 PIXEL_DATA = (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10")  # tag (7FE0,0010) in either byte order
 
@@ -62,10 +78,18 @@ class NotDicom(Exception):
 def read_header(path: Path, also: Sequence[str] = ()) -> FileDataset:
     """The elements of HEADER_TAGS and of `also`. Rows is removed where no PixelData follows. Raises NotDicom."""
     with path.open("rb") as file:
-        header = _read(file, specific_tags=[*HEADER_TAGS, *also], stop_before_pixels=True)
-        deflated = header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
-        if not deflated and file.read(4) not in PIXEL_DATA and "Rows" in header:
-            del header.Rows
+        return header_of(file, also)
+
+
+def header_of(file: BinaryIO, also: Sequence[str] = ()) -> FileDataset:
+    """The same of an open file, which is then where its PixelData begins unless it is deflated. Raises NotDicom."""
+    header = _read(file, specific_tags=[*HEADER_TAGS, *also], stop_before_pixels=True)
+    if header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
+        return header
+    start = file.tell()
+    if file.read(4) not in PIXEL_DATA and "Rows" in header:
+        del header.Rows
+    file.seek(start)
     return header
 
 

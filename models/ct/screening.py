@@ -1,7 +1,9 @@
 """Which DICOM files are axial CT slices, and why the others are not."""
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -9,16 +11,34 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
+from pydicom.uid import CTImageStorage
 
 from models.ct.decode import DECODERS
 from models.ct.header import NotDicom, read_header, read_whole, texts
+from models.ct.multiframe import (
+    MULTIFRAME_CLASSES,
+    BadFrames,
+    frame_count,
+    frame_headers,
+    frame_with_pixels,
+    is_multiframe,
+)
 
 # PS3.5 9.1: at most 64 characters, digits and single dots. It names files here, so nothing else may pass.
 UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(\.[0-9]+)*")
 
 # A gantry tilts by at most 30 degrees; a slice farther than this from the axial plane is a reformat.
 MAX_TILT_DEGREES = 35.0
+
+# Either way a stored value times slope plus intercept is the HU: MONOCHROME1 inverts the display, after any
+# window (PS3.3 C.7.6.3.1.2, C.8.2.1.1.2).
+MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
+
+# A file of more bytes than any single slice has may hold a thousand frames; its header says so before it is read whole.
+LARGE_FILE_BYTES = 4 * 2**20
+
+# Units of rescaled values that are no HU: optical density, and maps of a multi-energy CT (PS3.3 C.11.1.1.2).
+NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")
 
 
 class Reason(StrEnum):
@@ -29,6 +49,7 @@ class Reason(StrEnum):
     NOT_CT = "not_ct"
     INVALID_UID = "invalid_uid"
     MULTIFRAME = "multiframe"
+    NOT_HU = "not_hu"
     LOCALIZER = "localizer"
     SECONDARY_CAPTURE = "secondary_capture"
     NO_PIXELS = "no_pixels"
@@ -41,6 +62,7 @@ class Reason(StrEnum):
     NO_VOLUME = "no_volume"
     ORIENTATION_DIFFERS = "orientation_differs"
     DUPLICATE_POSITION = "duplicate_position"
+    OVERLAPPING_STACK = "overlapping_stack"
     SERIES_OF_ANOTHER_PATIENT = "series_of_another_patient"
 
 
@@ -49,16 +71,45 @@ class SetAside:
     reason: Reason
     detail: str  # what was found and what was expected; never a patient's data
     series_uid: str = ""  # where the header names one
+    frame: int | None = None  # of a multi-frame file, from 1
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The file holds this many frames, each to be asked for by its number."""
+
+    count: int
 
 
 def screened_header(path: Path) -> FileDataset | SetAside:
-    """The header of a usable axial CT slice, or why the file is none."""
+    """The header of a usable axial CT slice, or of a multi-frame file with one at least; or why the file is none."""
     return _screened(path, read_header)
 
 
-def screened_dataset(path: Path) -> FileDataset | SetAside:
-    """The same with its pixels, which are not decoded yet."""
-    return _screened(path, read_whole)
+def screened_headers(path: Path) -> list[tuple[int | None, FileDataset | SetAside]]:
+    """The same slice by slice: of a multi-frame file every frame under its number, else the one slice under None."""
+    header = screened_header(path)
+    if isinstance(header, SetAside) or not is_multiframe(header):
+        return [(None, header)]
+    return [(number, _of_frame(number, frame)) for number, frame in enumerate(frame_headers(header), start=1)]
+
+
+def screened_dataset(path: Path) -> FileDataset | SetAside | Frames:
+    """A usable slice with its pixels, which are not decoded yet; for a multi-frame file, how many frames it has."""
+    found = _screened(path, _read_whole_unless_frames)
+    return Frames(frame_count(found)) if isinstance(found, FileDataset) and is_multiframe(found) else found
+
+
+def screened_frame(path: Path, number: int) -> FileDataset | SetAside:
+    """A frame, from 1, as a usable slice with its pixels, or why it is none."""
+    try:
+        return _of_frame(number, frame_with_pixels(path, number))
+    except NotDicom as error:
+        return SetAside(Reason.NOT_DICOM, str(error), frame=number)
+    except OSError:
+        raise  # a disk that fails is no fault of the frame
+    except Exception as error:  # offsets may lead anywhere
+        return SetAside(Reason.UNDECODABLE, f"{type(error).__name__} while reading frame {number}", frame=number)
 
 
 def slice_normal(orientation: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -86,6 +137,16 @@ def numbers(header: FileDataset, keyword: str, count: int) -> NDArray[np.float64
     return values if values.shape == (count,) and np.isfinite(values).all() else None
 
 
+def _read_whole_unless_frames(path: Path) -> FileDataset:
+    """Header and pixels; of a large file of many frames the header alone."""
+    if path.stat().st_size > LARGE_FILE_BYTES:
+        header = read_header(path)
+        with suppress(TypeError, ValueError, OverflowError):  # NumberOfFrames is no number, which screening will say
+            if is_multiframe(header):
+                return header
+    return read_whole(path)
+
+
 def _screened(path: Path, read: Callable[[Path], FileDataset]) -> FileDataset | SetAside:
     try:
         dataset = read(path)
@@ -102,11 +163,41 @@ def _series_uid(dataset: FileDataset) -> str:
         return ""
 
 
+def _of_frame(number: int, frame: FileDataset) -> FileDataset | SetAside:
+    found = _screen(frame)
+    return replace(found, frame=number) if found else frame
+
+
 def _screen(header: FileDataset) -> SetAside | None:
     try:
-        return next(filter(None, (check(header) for check in (_identity, _kind, _pixels, _rescale, _geometry))), None)
+        return next(filter(None, _complaints(header)), None)
+    except BadFrames as error:
+        return SetAside(Reason.MULTIFRAME, str(error))
     except Exception as error:  # pydicom converts values when they are read, and a broken one raises anything
         return SetAside(Reason.UNREADABLE_HEADER, f"{type(error).__name__} while reading the header")
+
+
+def _complaints(header: FileDataset) -> Iterator[SetAside | None]:
+    yield _identity(header)
+    yield _object(header)
+    yield _pixels(header)
+    if is_multiframe(header):
+        yield _frames(header)
+    else:
+        yield _kind(header)
+        yield _rescale(header)
+        yield _geometry(header)
+
+
+def _frames(header: FileDataset) -> SetAside | None:
+    """Why no frame is usable; the commonest reason speaks for all."""
+    reasons: Counter[Reason] = Counter()
+    for frame in frame_headers(header):
+        if (found := _screen(frame)) is None:
+            return None
+        reasons[found.reason] += 1
+    (reason, count), *_ = reasons.most_common(1)
+    return SetAside(reason, f"none of {reasons.total()} frames is usable, {count} for this reason")
 
 
 def _identity(header: FileDataset) -> SetAside | None:
@@ -119,16 +210,18 @@ def _identity(header: FileDataset) -> SetAside | None:
     return None
 
 
-def _kind(header: FileDataset) -> SetAside | None:
-    image_type = [value.upper() for value in texts(header, "ImageType")]
+def _object(header: FileDataset) -> SetAside | None:
     sop_class = header.get("SOPClassUID") or CTImageStorage  # some exports strip it; Modality has said CT
-    if sop_class in (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
-        return SetAside(Reason.MULTIFRAME, "multi-frame CT is not read yet, expected one slice per file")
-    if any("LOCALIZER" in value or "SCOUT" in value for value in image_type):
-        return SetAside(Reason.LOCALIZER, f"ImageType is {'/'.join(image_type)}, expected an axial slice")
-    if sop_class != CTImageStorage:
+    if sop_class not in (CTImageStorage, *MULTIFRAME_CLASSES):
         name = getattr(sop_class, "name", str(sop_class))
         return SetAside(Reason.SECONDARY_CAPTURE, f"SOP class is {name}, expected CT Image Storage")
+    return None
+
+
+def _kind(header: FileDataset) -> SetAside | None:
+    image_type = [value.upper() for value in texts(header, "ImageType")]
+    if any("LOCALIZER" in value or "SCOUT" in value for value in image_type):
+        return SetAside(Reason.LOCALIZER, f"ImageType is {'/'.join(image_type)}, expected an axial slice")
     if "SCREEN SAVE" in image_type or "DOSE" in image_type:
         return SetAside(Reason.SECONDARY_CAPTURE, f"ImageType is {'/'.join(image_type)}, expected an axial slice")
     return None
@@ -138,13 +231,11 @@ def _pixels(header: FileDataset) -> SetAside | None:
     rows, columns = header.get("Rows"), header.get("Columns")
     if not rows or not columns or not header.get("BitsAllocated"):
         return SetAside(Reason.NO_PIXELS, "Rows, Columns or BitsAllocated is missing or zero")
-    if int(header.get("NumberOfFrames") or 1) != 1:
-        return SetAside(Reason.MULTIFRAME, f"{header.NumberOfFrames} frames in one file, expected 1")
     if header.get("SamplesPerPixel", 1) != 1:
         return SetAside(Reason.NOT_GRAYSCALE, f"SamplesPerPixel is {header.SamplesPerPixel}, expected 1")
-    if header.get("PhotometricInterpretation", "MONOCHROME2") != "MONOCHROME2":
+    if header.get("PhotometricInterpretation", "MONOCHROME2") not in MONOCHROME:
         found = header.PhotometricInterpretation
-        return SetAside(Reason.NOT_GRAYSCALE, f"PhotometricInterpretation is {found}, expected MONOCHROME2")
+        return SetAside(Reason.NOT_GRAYSCALE, f"PhotometricInterpretation is {found}, expected MONOCHROME1 or 2")
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax is not None and syntax not in DECODERS:
         return SetAside(Reason.UNSUPPORTED_TRANSFER_SYNTAX, f"no decoder for {syntax.name} ({syntax})")
@@ -158,12 +249,16 @@ def _rescale(header: FileDataset) -> SetAside | None:
     slope = numbers(header, "RescaleSlope", 1)
     if slope is not None and slope[0] == 0:
         return SetAside(Reason.BAD_RESCALE, "RescaleSlope is 0")
+    unit = str(header.get("RescaleType") or "").upper()
+    if unit in NOT_HU:
+        return SetAside(Reason.NOT_HU, f"RescaleType is {unit}, expected HU")
     return None
 
 
 def _geometry(header: FileDataset) -> SetAside | None:
     orientation = numbers(header, "ImageOrientationPatient", 6)
-    if numbers(header, "ImagePositionPatient", 3) is None or orientation is None:
+    placed = numbers(header, "ImagePositionPatient", 3) is not None or numbers(header, "SliceLocation", 1) is not None
+    if not placed or orientation is None:
         return SetAside(Reason.NO_POSITION, "ImagePositionPatient or ImageOrientationPatient is missing or unreadable")
     if np.linalg.norm(np.cross(orientation[:3], orientation[3:])) < 0.5:
         return SetAside(Reason.NO_POSITION, "ImageOrientationPatient does not span a plane")

@@ -1,7 +1,7 @@
 """One CT series: its axial slices from feet to head, and the verdict on its geometry."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -11,15 +11,18 @@ import numpy as np
 from pydicom import uid
 from pydicom.dataset import FileDataset
 
-from models.ct.decode import DECODERS
+from models.ct.decode import DECODERS, JPEG_12_BITS
 from models.ct.header import texts
-from models.ct.screening import Reason, SetAside, numbers, screened_header, slice_normal, tilt_degrees
+from models.ct.screening import SetAside, numbers, screened_headers, slice_normal, tilt_degrees
+from models.ct.stack import MISSING, UNEVEN, one_stack
 
-SAME_POSITION_MM = 0.05  # closer than any scanner reconstructs; headers round to 0.01 mm
-UNEVEN = 0.1  # a step that differs from the median by more than this share is uneven
-MISSING = 1.5  # a step of more than this many medians hides at least one slice
+MOST_NAMED = 20  # positions in a finding
 TILTED_DEGREES = 1.0  # below it, header rounding
-SAME_ORIENTATION_DEGREES = 1.0
+
+UNSPECIFIED = "US"  # RescaleType of values in no particular unit (PS3.3 C.11.1.1.2)
+
+# These lose something whatever LossyImageCompression says; JPEG 2000 and HTJ2K may or may not.
+LOSSY_SYNTAXES = (uid.JPEGBaseline8Bit, *JPEG_12_BITS, uid.JPEGLSNearLossless)
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,17 @@ class CTSlice:
 
     path: Path
     sop_uid: str
-    z_mm: float  # ImagePositionPatient along the normal that points to the head
+    frame: int | None  # of a multi-frame file, from 1
+    z_mm: float  # ImagePositionPatient along the normal that points to the head, or SliceLocation
+    placed_by_location: bool  # by SliceLocation, for want of ImagePositionPatient
     normal: tuple[float, float, float]
+    orientation: tuple[float, ...]  # ImageOrientationPatient
     rows: int
     columns: int
     pixel_spacing_mm: tuple[float, float] | None  # between rows, between columns
     slope: float | None
     intercept: float | None
+    unit: str  # RescaleType
     kernel: str
     acquisition: int
     instance: int
@@ -103,12 +110,17 @@ class CTSeries:
         steps, spacing = self._steps(), float(np.median(self._steps()))
         missing = np.flatnonzero(steps > MISSING * spacing)
         if len(missing):
-            gaps = [{"after_slice": int(k), "gap_mm": round(float(steps[k]), 3)} for k in missing]
+            gaps = [
+                {"after_slice": int(k), "after_mm": self.slices[k].z_mm, "gap_mm": round(float(steps[k]), 3)}
+                for k in missing
+            ]
             yield Finding("missing_slices", {"gaps": gaps, "expected_mm": round(spacing, 3)})
         present = steps[steps <= MISSING * spacing]
         if np.any(np.abs(present - spacing) > UNEVEN * spacing):
             found = {"min_mm": round(float(present.min()), 3), "max_mm": round(float(present.max()), 3)}
-            yield Finding("uneven_spacing", {**found, "expected_mm": round(spacing, 3)})
+            uneven = np.flatnonzero((np.abs(steps - spacing) > UNEVEN * spacing) & (steps <= MISSING * spacing))
+            after = [self.slices[k].z_mm for k in uneven[:MOST_NAMED]]
+            yield Finding("uneven_spacing", {**found, "expected_mm": round(spacing, 3), "after_mm": after})
 
     def _mixture_findings(self) -> Iterable[Finding]:
         tilt = tilt_degrees(np.array(self.slices[0].normal))
@@ -127,13 +139,18 @@ class CTSeries:
             yield Finding("slices_set_aside", {str(reason): n for reason, n in reasons.items()})
         if unscaled := sum(each.slope is None or each.intercept is None for each in self.slices):
             yield Finding("missing_rescale", {"slices": unscaled, "assumed": "slope 1, intercept 0"})
+        if unplaced := sum(each.placed_by_location for each in self.slices):
+            found = {"slices": unplaced, "assumed": "SliceLocation is the position, growing towards the head"}
+            yield Finding("position_assumed", found)
+        if unspecified := sum(each.unit == UNSPECIFIED for each in self.slices):
+            yield Finding("unit_unspecified", {"slices": unspecified, "assumed": "HU"})
         if lossy := sum(each.lossy for each in self.slices):
             yield Finding("lossy_source", {"slices": lossy})
 
 
 def read_series(paths: Iterable[Path]) -> CTSeries:
     """The series in these DICOM files, from their headers alone; without slices where none is usable."""
-    return arrange((path, read_slice(path)) for path in sorted(paths))
+    return arrange((path, found) for path in sorted(paths) for found in read_slices(path))
 
 
 def arrange(files: Iterable[tuple[Path, CTSlice | SetAside]]) -> CTSeries:
@@ -145,21 +162,30 @@ def arrange(files: Iterable[tuple[Path, CTSlice | SetAside]]) -> CTSeries:
             set_aside.append((path.name, found))
         else:
             slices.append(found)
-    ordered, dropped = _order(slices)
+    ordered, dropped = one_stack(slices)
     return CTSeries(tuple(ordered), tuple(set_aside + dropped))
 
 
-def read_slice(path: Path) -> CTSlice | SetAside:
-    """What the file's header says of its slice, or why it is none."""
-    header = screened_header(path)
-    return header if isinstance(header, SetAside) else slice_of(path, header)
+def read_slices(path: Path) -> list[CTSlice | SetAside]:
+    """What the file's header says of its slice, or of its frames, or why they are none."""
+    return [
+        header if isinstance(header, SetAside) else slice_of(path, header, frame)
+        for frame, header in screened_headers(path)
+    ]
 
 
-def slice_of(path: Path, header: FileDataset) -> CTSlice:
+def slice_of(path: Path, header: FileDataset, frame: int | None = None) -> CTSlice:
     """What a screened header says of its slice."""
     orientation, position = numbers(header, "ImageOrientationPatient", 6), numbers(header, "ImagePositionPatient", 3)
-    assert orientation is not None and position is not None  # screen() has checked both
+    location = numbers(header, "SliceLocation", 1)
+    assert orientation is not None  # screening has checked it
     normal = slice_normal(orientation)
+    if position is None:
+        assert location is not None  # or that
+        z_mm = float(location[0])
+    else:
+        z_mm = float(position @ normal)
+    syntax = header.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
     spacing, slope, intercept = (
         numbers(header, "PixelSpacing", 2),
         numbers(header, "RescaleSlope", 1),
@@ -168,39 +194,23 @@ def slice_of(path: Path, header: FileDataset) -> CTSlice:
     return CTSlice(
         path=path,
         sop_uid=str(header.SOPInstanceUID),
-        z_mm=round(float(position @ normal), 4),
+        frame=frame,
+        z_mm=round(z_mm, 4),
+        placed_by_location=position is None,
         normal=(float(normal[0]), float(normal[1]), float(normal[2])),
+        orientation=tuple(map(float, orientation)),
         rows=int(header.Rows),
         columns=int(header.Columns),
         pixel_spacing_mm=None if spacing is None else (float(spacing[0]), float(spacing[1])),
         slope=None if slope is None else float(slope[0]),
         intercept=None if intercept is None else float(intercept[0]),
+        unit=str(header.get("RescaleType") or "").upper(),
         kernel="/".join(texts(header, "ConvolutionKernel")),
         acquisition=_integer(header, "AcquisitionNumber"),
         instance=_integer(header, "InstanceNumber"),
-        decoder=DECODERS[header.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)],
-        lossy=str(header.get("LossyImageCompression", "")) == "01",
+        decoder=DECODERS[syntax],
+        lossy=str(header.get("LossyImageCompression", "")) == "01" or syntax in LOSSY_SYNTAXES,
     )
-
-
-def _order(slices: Sequence[CTSlice]) -> tuple[list[CTSlice], list[tuple[str, SetAside]]]:
-    """Feet to head by position, never by InstanceNumber; one orientation, one slice per position."""
-    if not slices:
-        return [], []
-    dropped: list[tuple[str, SetAside]] = []
-    common = np.array(Counter(each.normal for each in slices).most_common(1)[0][0])
-    ordered: list[CTSlice] = []
-    for each in sorted(slices, key=lambda each: (each.z_mm, each.acquisition, each.instance, each.sop_uid)):
-        angle = float(np.degrees(np.arccos(np.clip(np.dot(each.normal, common), -1.0, 1.0))))
-        if angle > SAME_ORIENTATION_DEGREES:
-            detail = f"{angle:.1f} degrees from most slices of the series"
-            dropped.append((each.path.name, SetAside(Reason.ORIENTATION_DIFFERS, detail)))
-        elif ordered and each.z_mm - ordered[-1].z_mm < SAME_POSITION_MM:
-            detail = f"another slice of the series lies at {ordered[-1].z_mm} mm too"
-            dropped.append((each.path.name, SetAside(Reason.DUPLICATE_POSITION, detail)))
-        else:
-            ordered.append(each)
-    return ordered, dropped
 
 
 def _integer(header: FileDataset, keyword: str) -> int:

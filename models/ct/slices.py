@@ -1,4 +1,4 @@
-"""A slice file as encoder input: every window of it, resized, in [0, 1]."""
+"""A slice as encoder input: every window of it, resized, in [0, 1]."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -10,9 +10,11 @@ from scipy.sparse import csr_matrix
 
 from models.ct.decode import decoded_hu
 from models.ct.errors import UndecodableSlice
-from models.ct.screening import Reason, SetAside, screened_dataset
+from models.ct.screening import Frames, Reason, SetAside, screened_dataset, screened_frame
 from models.ct.series import CTSlice, slice_of
 from models.ct.windows import Window, apply_window
+
+FrameOf = tuple[Path, int]  # a multi-frame file and the frame's number, from 1
 
 
 def encoder_input(
@@ -45,16 +47,20 @@ def _area_average(length: int, size: int) -> csr_matrix:
     return csr_matrix((covered.clip(min=0) * (size / length)).astype(np.float32))
 
 
-def prepare_slice(path: Path, out: NDArray[np.float32], windows: tuple[Window, ...], size: int) -> CTSlice | SetAside:
-    """Write one file's encoder input to `out`, (windows, size, size); answers where the slice lies.
+def prepare_slice(
+    item: Path | FrameOf, out: NDArray[np.float32], windows: tuple[Window, ...], size: int
+) -> CTSlice | SetAside | Frames:
+    """Write a slice's encoder input to `out`, (windows, size, size); answers where the slice lies.
 
-    A file that is no usable slice, or does not decode, answers why; `out` then holds anything.
+    What is no usable slice, or does not decode, answers why; `out` then holds anything. So it does for a multi-frame
+    file, which answers how many frames may be asked for.
     """
-    dataset = screened_dataset(path)
-    if isinstance(dataset, SetAside):
+    path, frame = item if isinstance(item, tuple) else (item, None)
+    dataset = screened_dataset(path) if frame is None else screened_frame(path, frame)
+    if isinstance(dataset, SetAside | Frames):
         return dataset
     try:
         encoder_input(decoded_hu(dataset), windows, size, out)
     except UndecodableSlice as error:
-        return SetAside(Reason.UNDECODABLE, str(error))
-    return slice_of(path, dataset)
+        return SetAside(Reason.UNDECODABLE, str(error), frame=frame)
+    return slice_of(path, dataset, frame)

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
-from models.ct.header import read_header
-from models.ct.screening import Reason, SetAside, numbers
-from models.ct.series import CTSeries, arrange, read_slice
+from models.ct.screening import Reason, SetAside
+from models.ct.series import CTSeries, CTSlice, arrange, read_slices
 from models.ct.windows import Window, apply_window
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Undecodable = dict[tuple[Path, int | None], SetAside]  # by file and frame
 Side = tuple[int, float]  # pixels, and mm from one to the next
 
 # Where an axis grows to, in DICOM's patient coordinates: +x is left, +y is back (PS3.3 C.7.6.2.1.1).
@@ -63,16 +63,15 @@ def prepare_volume(
     preparation: str,
 ) -> CTSeries | SetAside:
     """Write a series' volume to `out`, (1, depth, height, width); answers the series, or why it makes none."""
-    found = {path: read_slice(path) for path in sorted(paths)}
-    series = arrange(found.items())
+    found = [(path, one) for path in sorted(paths) for one in read_slices(path)]
+    series = arrange(found)
     try:
         _, undecodable = read_volume(series, spacing_mm, out.shape[1:], window, PREPARATIONS[preparation], out[0])
     except UnusableVolume as error:
         return SetAside(Reason.NO_VOLUME, str(error))
-    for one in series.slices:
-        if one.sop_uid in undecodable:
-            found[one.path] = undecodable[one.sop_uid]
-    return arrange(found.items())
+    return arrange(
+        (path, undecodable.get((one.path, one.frame), one) if isinstance(one, CTSlice) else one) for path, one in found
+    )
 
 
 def read_volume(
@@ -82,8 +81,8 @@ def read_volume(
     window: Window,
     preparation: Preparation,
     out: Floats | None = None,
-) -> tuple[Floats, dict[str, SetAside]]:
-    """(depth, height, width) in [0, 1], and the slices that could not be decoded, by SOPInstanceUID.
+) -> tuple[Floats, Undecodable]:
+    """(depth, height, width) in [0, 1], and the slices that could not be decoded.
 
     The series is resampled linearly to `spacing_mm`, then cropped or padded with 0, the window's lower end, to
     `shape` around its centre. Slices are interpolated between their true positions: uneven steps and gaps are
@@ -93,7 +92,7 @@ def read_volume(
     """
     if len(series.slices) < 2:
         raise UnusableVolume(f"{len(series.slices)} slice(s), expected two at least")
-    turn, aligned = _turn(_orientation(series), preparation.axes), preparation.aligned
+    turn, aligned = _turn(np.array(series.slices[0].orientation), preparation.axes), preparation.aligned
     (rows, row_mm), (columns, column_mm) = turn.sides(*_sides(series))
     z_mm = [one.z_mm for one in series.slices]
     depth = _axis(float(np.median(np.diff(z_mm))), z_mm[-1] - z_mm[0], spacing_mm[0], shape[0], aligned)
@@ -104,7 +103,7 @@ def read_volume(
     volume = np.empty(shape, np.float32) if out is None else out
     volume[:] = 0.0
     inside = volume[depth.place, height.place, width.place]
-    undecodable: dict[str, SetAside] = {}
+    undecodable: Undecodable = {}
     plane = _ToPlane(turn, height.at_mm / row_mm, width.at_mm / column_mm, early)
     _stack(_planes(series, plane, undecodable), depth.at_mm + z_mm[0], inside)
     if (left := len(z_mm) - len(undecodable)) < 2:
@@ -177,8 +176,8 @@ class _ToPlane:
     columns: Doubles
     window: Window | None
 
-    def __call__(self, path: Path) -> Floats:
-        hu = read_hu(path)
+    def __call__(self, one: CTSlice) -> Floats:
+        hu = read_hu(one.path, one.frame)
         image = self.turn(apply_window(hu, self.window) if self.window else hu)
         return _linear(_linear(image, self.rows, 0), self.columns, 1)
 
@@ -192,13 +191,13 @@ def _linear(image: Floats, at: Doubles, axis: int) -> Floats:
     return between
 
 
-def _planes(series: CTSeries, plane: _ToPlane, undecodable: dict[str, SetAside]) -> Iterator[tuple[float, Floats]]:
+def _planes(series: CTSeries, plane: _ToPlane, undecodable: Undecodable) -> Iterator[tuple[float, Floats]]:
     """Position and plane of every slice that decodes, feet to head; the others are noted in `undecodable`."""
     for one in series.slices:
         try:
-            yield one.z_mm, plane(one.path)
+            yield one.z_mm, plane(one)
         except UndecodableSlice as error:
-            undecodable[one.sop_uid] = SetAside(Reason.UNDECODABLE, str(error))
+            undecodable[one.path, one.frame] = SetAside(Reason.UNDECODABLE, str(error), frame=one.frame)
 
 
 def _stack(planes: Iterable[tuple[float, Floats]], at_mm: Doubles, volume: Floats) -> None:
@@ -212,13 +211,6 @@ def _stack(planes: Iterable[tuple[float, Floats]], at_mm: Doubles, volume: Float
         done, last = reached, (z_mm, plane)
     if last is not None:
         volume[done:] = last[1]
-
-
-def _orientation(series: CTSeries) -> Doubles:
-    """ImageOrientationPatient of the first slice; read_series() has set slices of another plane aside."""
-    orientation = numbers(read_header(series.slices[0].path), "ImageOrientationPatient", 6)
-    assert orientation is not None  # screened_header() has checked it
-    return orientation
 
 
 def _sides(series: CTSeries) -> tuple[Side, Side]:

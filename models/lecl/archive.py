@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
+from models.ct.multiframe import is_multiframe
 from models.ct.processes import SPAWN
 from models.ct.screening import Reason, SetAside, screened_header
 from models.ct.series import CTSlice, slice_of
@@ -107,6 +108,8 @@ def _read(path: Path) -> _Found | str:
     header = screened_header(path)
     if isinstance(header, SetAside):
         return str(header.reason)
+    if is_multiframe(header):
+        return str(Reason.MULTIFRAME)
     found = slice_of(path, header)
     if found.pixel_spacing_mm is None or min(found.pixel_spacing_mm) <= 0:
         return NO_SPACING

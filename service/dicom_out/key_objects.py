@@ -17,13 +17,18 @@ SERIES_NUMBER = 9001
 def key_objects(outcome: Outcome, headers: Sequence[Dataset]) -> Dataset:
     """The document (title 113000, DCM, "Of Interest") that points at outcome.top, whose headers these are, in order."""
     images = [image(header) for header in headers]
+    different = {each.SOPInstanceUID: each for each in images}
     selection = KeyObjectSelection(
         document_title=codes.DCM.OfInterest,
         referenced_objects=images,
         observer_device_context=observer(),
         description=_description(outcome),
     )
-    document = KeyObjectSelectionDocument(images, selection, **described(outcome, KIND, SERIES_NUMBER))
+    pointers = [item for item in selection[0].ContentSequence if item.ValueType == "IMAGE"]
+    for pointer, each in zip(pointers, outcome.top, strict=True):
+        if each.frame is not None:  # highdicom names whole images only
+            pointer.ReferencedSOPSequence[0].ReferencedFrameNumber = each.frame
+    document = KeyObjectSelectionDocument([*different.values()], selection, **described(outcome, KIND, SERIES_NUMBER))
     return finished(document, subject(headers[0]))
 
 

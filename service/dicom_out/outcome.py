@@ -12,6 +12,16 @@ VERSION_LENGTH = 12  # hex digits, as in an encoder's id
 
 
 @dataclass(frozen=True)
+class TopImage:
+    """An image, or a frame of one, with its slice's attention."""
+
+    series_uid: str
+    sop_uid: str
+    frame: int | None  # from 1, as ReferencedFrameNumber counts (PS3.3 10.3)
+    attention: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One prediction with everything that it follows from; the same request gives the same one."""
 
@@ -20,8 +30,8 @@ class Outcome:
     encoder_id: str
     windows: tuple[str, ...]
     probabilities: dict[str, float]  # label -> 0..1
-    slices: tuple[tuple[str, str], ...]  # (series UID, SOP Instance UID) of every slice that was read
-    top: tuple[tuple[str, str, float], ...]  # (series UID, SOP Instance UID, attention), the highest first
+    instances: tuple[tuple[str, str], ...]  # (series UID, SOP Instance UID) of every image that was read, once
+    top: tuple[TopImage, ...]  # the highest attention first
     bags: tuple[tuple[str, str], ...]  # (series UID, content) of the bags
     made_at: datetime  # UTC: when the head was asked for or the last bag made, whichever is later
 
@@ -45,8 +55,8 @@ def outcome_of(explained: Explained, stores: Stores) -> Outcome:
         encoder_id=head.encoder_id,
         windows=tuple(bag.windows),
         probabilities=explained.probabilities,
-        slices=tuple((each["series_uid"], each["sop_uid"]) for each in bag.slices),
-        top=tuple((each.series_uid, each.sop_uid, each.weight) for each in top),
+        instances=tuple(dict.fromkeys((each["series_uid"], each["sop_uid"]) for each in bag.slices)),
+        top=tuple(TopImage(each.series_uid, each.sop_uid, each.frame, each.weight) for each in top),
         bags=tuple(sorted(bag.contents.items())),
         made_at=max([head.created_at, *(row.embedded_at for row in rows if row.embedded_at)]),
     )

@@ -21,7 +21,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import UID
 
 from service.dicom_out.document import DISCLAIMER, described, finished, observer, private, private_scheme, uid
-from service.dicom_out.outcome import Outcome
+from service.dicom_out.outcome import Outcome, TopImage
 from service.dicom_out.source import image, subject
 
 KIND = "report"
@@ -33,15 +33,12 @@ LONGEST_MEANING = 64  # characters of a Code Meaning (PS3.3 table 8.8-1, LO)
 def report(outcome: Outcome, headers: Sequence[Dataset]) -> Dataset:
     """The document: a probability per label, the attention of the top slices, head, encoder and disclaimer.
 
-    `headers` are those of outcome.slices, in order; all are named as evidence. The report is of the study of the first.
+    `headers` are those of outcome.instances; all are named as evidence. The report is of the study of the first.
     """
     images = [image(header) for header in headers]
     classes = {each.SOPInstanceUID: each.SOPClassUID for each in images}
     groups = [_prediction(outcome, label) for label in outcome.probabilities]
-    groups += [
-        _attention(outcome, sop_uid, classes[sop_uid], weight, rank)
-        for rank, (_, sop_uid, weight) in enumerate(outcome.top, start=1)
-    ]
+    groups += [_attention(outcome, each, classes[each.sop_uid], rank) for rank, each in enumerate(outcome.top, start=1)]
     content = MeasurementReport(
         observation_context=ObservationContext(observer_device_context=observer()),
         procedure_reported=codes.LN.CTUnspecifiedBodyRegion,
@@ -77,17 +74,17 @@ def _prediction(outcome: Outcome, label: str) -> MeasurementsAndQualitativeEvalu
     )
 
 
-def _attention(
-    outcome: Outcome, sop_uid: str, sop_class: UID, weight: float, rank: int
-) -> MeasurementsAndQualitativeEvaluations:
+def _attention(outcome: Outcome, top: TopImage, sop_class: UID, rank: int) -> MeasurementsAndQualitativeEvaluations:
+    frames = None if top.frame is None else [top.frame]
+    part = [top.sop_uid, *map(str, frames or ())]
     share = Measurement(
         private("attention", "Attention of the slice, 1 over all slices"),
-        round(weight, DECIMALS),
+        round(top.attention, DECIMALS),
         codes.UCUM.NoUnits,
-        referenced_images=[SourceImageForMeasurement(sop_class, sop_uid)],
+        referenced_images=[SourceImageForMeasurement(sop_class, top.sop_uid, frames)],
     )
     return MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=TrackingIdentifier(uid(outcome, KIND, "slice", sop_uid), f"top slice {rank}"),
+        tracking_identifier=TrackingIdentifier(uid(outcome, KIND, "slice", *part), f"top slice {rank}"),
         algorithm_id=_algorithm(outcome),
         measurements=[share],
     )

@@ -85,11 +85,11 @@ def post_dicom_out(
 
 def _document(kind: DicomKind, outcome: Outcome, stores: Stores) -> Dataset:
     if kind == "report":
-        headers = [_header(stores, *each) for each in outcome.slices]
+        headers = [_header(stores, *each) for each in outcome.instances]
         return report(outcome, sorted(headers, key=_studied, reverse=True))
     if not outcome.top:
         raise SliceNotFound(f"{outcome.encoder_id} embeds volumes as one, so no slice of them has attention of its own")
-    return key_objects(outcome, [_header(stores, series_uid, sop_uid) for series_uid, sop_uid, _ in outcome.top])
+    return key_objects(outcome, [_header(stores, each.series_uid, each.sop_uid) for each in outcome.top])
 
 
 def _header(stores: Stores, series_uid: str, sop_uid: str) -> Dataset:

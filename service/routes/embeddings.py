@@ -10,6 +10,7 @@ from service.deps import EncodersDep, StoresDep
 from service.errors import WindowNotFound
 from service.schemas.base import Text
 from service.schemas.series import Embeddings, SlicePosition
+from service.storage.bags import slices_of
 from service.storage.keys import EmbeddingKey
 
 router = APIRouter(prefix="/v1/series", tags=["embeddings"])
@@ -45,13 +46,12 @@ def get_embeddings(
         np.save(content, bag)
         names = {"X-Keyslice-Encoder": encoder_id, "X-Keyslice-Windows": ",".join(windows)}
         return Response(content.getvalue(), media_type=NPY, headers=names)
-    positions = enumerate(zip(receipt["sop_uids"], receipt["z_mm"], strict=True))
     return Embeddings(
         series_uid=series_uid,
         encoder_id=encoder_id,
         windows=windows,
         dim=bag.shape[2],
-        slices=[SlicePosition(slice=k, sop_uid=sop_uid, z_mm=z_mm) for k, (sop_uid, z_mm) in positions],
+        slices=[SlicePosition(**each) for each in slices_of(receipt)],
         embeddings=bag.tolist(),
         receipt=receipt,
     )

@@ -17,6 +17,7 @@ from service.intake import Intake, take_in
 from service.queue import Queue
 from service.schemas.base import Text
 from service.schemas.series import FileSetAside, Series, SeriesPage, SeriesReceived, State, UploadReceived
+from service.storage.bags import slices_of
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
 from service.uploads import FIELD, receive_files, staging
@@ -114,10 +115,12 @@ def get_image(
     if not embedded:
         raise NotEmbeddedYet(f"series {series_uid} has no numbered slices before it is embedded")
     receipt = stores.bags.receipt(EmbeddingKey(series_uid, embedded[0].encoder_id), embedded[0].content or "")
-    if not 0 <= slice_number < len(receipt["sop_uids"]):
-        raise SliceNotFound(f"no slice {slice_number}, expected 0 to {len(receipt['sop_uids']) - 1}")
+    slices = slices_of(receipt)
+    if not 0 <= slice_number < len(slices):
+        raise SliceNotFound(f"no slice {slice_number}, expected 0 to {len(slices) - 1}")
+    asked = slices[slice_number]
     try:
-        hu = read_hu(stores.archive.file(series_uid, receipt["sop_uids"][slice_number]))
+        hu = read_hu(stores.archive.file(series_uid, asked["sop_uid"]), asked["frame"])
     except UndecodableSlice as error:
         raise SliceNotFound(f"slice {slice_number} can no longer be read: {error}") from error
     picture = io.BytesIO()

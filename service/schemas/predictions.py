@@ -69,6 +69,7 @@ class HeatMap(Schema):
     series_uid: str
     slice: int
     sop_uid: str
+    frame: int | None = Field(None, description="of a multi-frame instance, from 1")
     z_mm: float
     window: str
     label: str

@@ -38,6 +38,7 @@ class Finding(Schema):
 
 class SliceSetAside(Schema):
     sop_uid: str
+    frame: int | None = Field(None, description="of a multi-frame instance, from 1")
     reason: Reason
     detail: str
 
@@ -95,6 +96,9 @@ class SeriesPage(Schema):
 class SlicePosition(Schema):
     slice: int
     sop_uid: str
+    frame: int | None = Field(
+        None, description="of a multi-frame instance, from 1; null where the instance is the slice"
+    )
     z_mm: float
 
 

@@ -16,6 +16,16 @@ from service.storage.keys import EmbeddingKey
 LAYOUT_VERSION = 1
 
 
+def slices_of(receipt: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each row of a bag: slice, sop_uid, frame and z_mm. `frame` counts from 1; None where the file is the slice."""
+    rows = len(receipt["sop_uids"])
+    columns = receipt["sop_uids"], receipt.get("frames") or [None] * rows, receipt["z_mm"]
+    return [
+        {"slice": k, "sop_uid": sop_uid, "frame": frame, "z_mm": z_mm}
+        for k, (sop_uid, frame, z_mm) in enumerate(zip(*columns, strict=True))
+    ]
+
+
 class Bags:
     """`<root>/<encoder_id>/<series_uid>/<content>.zarr`: a bag is never changed once it is there.
 

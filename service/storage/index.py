@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 LAYOUT_VERSION = b"1"
+FRAME = "frame"
 KEEP_VERSIONS = timedelta(hours=1)  # a reader that opened an old version may still be on it
 
 
@@ -30,6 +31,7 @@ class SliceRows:
     z_mm: Sequence[float]  # (slices,)
     windows: Sequence[str]  # (windows,)
     bag: NDArray[np.float16]  # (slices, windows, dim)
+    frames: Sequence[int | None] | None = None  # (slices,), of multi-frame instances
 
 
 class SliceIndex:
@@ -62,7 +64,9 @@ class SliceIndex:
         if table is None or table.count_rows() == 0:
             return []
         query: Any = table.search(vector.astype(np.float32), vector_column_name="vector")
-        query = query.distance_type("cosine").bypass_vector_index().limit(k).select([*_columns(), "_distance"])
+        query = query.distance_type("cosine").bypass_vector_index().limit(k)
+        columns = [column for column in _columns() if column in table.schema.names]  # an older table has no frames
+        query = query.select([*columns, "_distance"])
         if where:
             query = query.where(where, prefilter=True)
         hits: list[dict[str, Any]] = query.to_list()
@@ -83,6 +87,8 @@ class SliceIndex:
     def _table(self, encoder_id: str, schema: "pyarrow.Schema") -> "lancedb.table.Table":
         existing = self._open(encoder_id)
         if existing is not None:
+            if FRAME not in existing.schema.names:
+                existing.add_columns({FRAME: "CAST(NULL AS INT)"})
             return existing
         from lancedb.index import Bitmap, BTree
 
@@ -109,7 +115,7 @@ def _name(encoder_id: str) -> str:
 
 
 def _columns() -> list[str]:
-    return ["series_uid", "slice", "window", "sop_uid", "z_mm", "patient_key", "study_uid"]
+    return ["series_uid", "slice", "window", "sop_uid", FRAME, "z_mm", "patient_key", "study_uid"]
 
 
 def _rows(bag: SliceRows) -> "pyarrow.Table":
@@ -126,6 +132,7 @@ def _rows(bag: SliceRows) -> "pyarrow.Table":
         "slice": pa.array(slice_numbers),
         "window": pa.array(window_names),
         "sop_uid": pa.array(np.repeat(np.array(bag.sop_uids), windows)),
+        FRAME: pa.array(np.repeat(np.array(bag.frames or [None] * slices), windows), pa.int32()),
         "z_mm": pa.array(np.repeat(np.array(bag.z_mm, dtype=np.float64), windows)),
         "patient_key": pa.array([bag.patient_key] * count),
         "study_uid": pa.array([bag.study_uid] * count),
