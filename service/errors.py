@@ -10,7 +10,7 @@ KeysliceError
 │   ├── BadLabels
 │   └── BadQuery
 ├── Conflict
-│   ├── NotEmbeddedYet, BagGone
+│   ├── NotEmbeddedYet, NotIndexedYet, BagGone
 │   ├── HeadNotReady, HeadsDiffer
 │   ├── OtherEncoder
 │   └── WeightsNotHere
@@ -113,6 +113,10 @@ class Conflict(KeysliceError):
 
 class NotEmbeddedYet(Conflict):
     """The series is still on its way."""
+
+
+class NotIndexedYet(Conflict):
+    """Nothing is embedded by this encoder yet."""
 
 
 class BagGone(Conflict):

@@ -57,6 +57,13 @@ class FromStores(Collector):
         for encoder_id in sorted({each.encoder_id for each in counts}):
             slices.add_metric([encoder_id], sum(each.slices for each in counts if each.encoder_id == encoder_id))
         yield from (states, slices)
+        recall = GaugeMetricFamily(
+            "keyslice_search_recall", "at 10, of the ANN index, measured at its last build", labels=["encoder"]
+        )
+        for index in self._stores.indexes.all():
+            if index.recall is not None:
+                recall.add_metric([index.encoder_id], index.recall)
+        yield recall
         oldest = self._stores.figures.oldest_waiting()
         waited = 0.0 if oldest is None else max(0.0, (now() - oldest).total_seconds())
         yield GaugeMetricFamily(

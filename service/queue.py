@@ -16,9 +16,11 @@ from service.storage.stores import Stores
 
 EMBED_SERIES = "keyslice.embed_series"
 INDEX_BAGS = "keyslice.index_bags"
+KEEP_INDEX = "keyslice.keep_index"
 TRAIN_HEAD = "keyslice.train_head"
 CHECK_CANARY = "keyslice.check_canary"
 HEAT_MAP = "keyslice.heat_map"
+EMBED_QUERY = "keyslice.embed_query"
 
 WORK = "keyslice"  # the queue of all that can wait
 ASKED = "keyslice.asked"  # and of what somebody waits for; workers take from both in turn
@@ -36,7 +38,7 @@ def celery_app(settings: Settings) -> Celery:
         task_serializer="json",
         task_default_queue=WORK,
         task_queues=[Messages(name, Exchange(name), routing_key=name) for name in (WORK, ASKED)],  # type: ignore[no-untyped-call]
-        task_routes={HEAT_MAP: {"queue": ASKED}},
+        task_routes={task: {"queue": ASKED} for task in (HEAT_MAP, EMBED_QUERY)},
         task_ignore_result=True,
         task_acks_late=True,
         task_reject_on_worker_lost=True,
@@ -68,6 +70,7 @@ class Queue:
         self._settings = settings
         self._stores = stores
         self._canary_sent = float("-inf")
+        self._upkeep_sent = float("-inf")
 
     def embed(self, keys: list[EmbeddingKey]) -> None:
         """Ask for embeddings whose rows are committed. A broker that is down costs time, not work."""
@@ -89,6 +92,15 @@ class Queue:
         """Ask for a heat map. Raises BrokerDown; nothing is sent again, whoever waits will ask again."""
         self._send(HEAT_MAP, *spot.words())
 
+    def embed_query(self, query_id: str, encoder_id: str, window: str) -> None:
+        """Ask for the embedding of an uploaded slice. Raises BrokerDown; nothing is sent again."""
+        self._send(EMBED_QUERY, query_id, encoder_id, window)
+
+    def keep_index(self) -> None:
+        """Ask for the index's upkeep. Raises BrokerDown."""
+        self._send(KEEP_INDEX)
+        self._upkeep_sent = time.monotonic()
+
     def sweep(self) -> None:
         """Send again what the catalog says is waiting and the broker has lost. Raises BrokerDown."""
         empty = self.depth() == 0
@@ -97,8 +109,10 @@ class Queue:
             self._send(EMBED_SERIES, key.series_uid, key.encoder_id)
         for head_id in self._stores.heads.lost(stale, queue_is_empty=empty):
             self._send(TRAIN_HEAD, head_id)
-        if empty and self._stores.catalog.not_indexed(limit=1):
+        if empty and self._stores.indexes.not_indexed(limit=1):
             self._send(INDEX_BAGS)
+        if empty and time.monotonic() - self._upkeep_sent > self._settings.index_upkeep_seconds:
+            self.keep_index()
         if empty and time.monotonic() - self._canary_sent > self._settings.canary_seconds:
             self._send(CHECK_CANARY)
             self._canary_sent = time.monotonic()

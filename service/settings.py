@@ -42,6 +42,14 @@ class Settings(BaseSettings):
     max_labels_bytes: int = Field(32 * 2**20, gt=0, description="bytes of a labels table")
     max_neighbours: int = Field(1000, gt=0, description="largest k of a search")
 
+    index_ann_rows: int = Field(
+        50_000, gt=0, description="slices times windows of an encoder from which its searches use an ANN index"
+    )
+    index_recall: float = Field(
+        0.95, ge=0, le=1, description="measured recall at 10 below which an ANN index is not used"
+    )
+    index_upkeep_seconds: float = Field(60.0, gt=0, description="how often the index is mended, built and compacted")
+
     dicom_peers: str = Field(
         "",
         description="where DICOM may be sent: STOW-RS URLs and dicom://TITLE@host:port, between commas",

@@ -5,10 +5,12 @@ import unittest.mock
 from dataclasses import replace
 from datetime import timedelta
 
+import numpy as np
 import pytest
 
 from service.errors import NotEmbeddedYet, OtherEncoder, PatientNotFound, SeriesNotFound
 from service.storage.catalog import Arrival, Quiet
+from service.storage.indexes import Indexed
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
 from service.storage.tables import now
@@ -32,6 +34,10 @@ def commit(stores: Stores, key: EmbeddingKey = KEY) -> str:
     return content
 
 
+def indexed(content: str) -> Indexed:
+    return Indexed(KEY, content, rows=4, mean=np.ones(8, np.float16))
+
+
 @pytest.fixture
 def received(stores: Stores) -> Stores:
     archive(stores, "1.2.3", "1", "2")
@@ -48,7 +54,7 @@ def test_states_follow_each_other(received):
     seen.append(catalog.series("1.2.3").state)
     content = commit(received)
     seen.append(catalog.series("1.2.3").state)
-    catalog.indexed([(KEY, content)])
+    received.indexes.indexed([indexed(content)])
     seen.append(catalog.series("1.2.3").state)
 
     assert seen == ["received", "queued", "embedding", "embedded", "indexed"]
@@ -57,7 +63,7 @@ def test_states_follow_each_other(received):
 def test_the_same_upload_again_changes_nothing(received):
     received.catalog.claim(KEY, "worker", STALE, ATTEMPTS)
     content = commit(received)
-    received.catalog.indexed([(KEY, content)])
+    received.indexes.indexed([indexed(content)])
 
     job = received.catalog.receive([ARRIVAL], ENCODER)
 
@@ -134,12 +140,12 @@ def test_slices_that_come_during_an_embedding_start_another(received):
 
 
 def test_what_is_embedded_and_not_indexed_is_listed_until_it_is(received):
-    assert received.catalog.not_indexed(10) == []
+    assert received.indexes.not_indexed(10) == []
     received.catalog.claim(KEY, "worker", STALE, ATTEMPTS)
     content = commit(received)
-    assert received.catalog.not_indexed(10) == [(KEY, content)]
-    received.catalog.indexed([(KEY, content)])
-    assert received.catalog.not_indexed(10) == []
+    assert received.indexes.not_indexed(10) == [(KEY, content)]
+    received.indexes.indexed([indexed(content)])
+    assert received.indexes.not_indexed(10) == []
 
 
 def test_an_embedding_is_there_committed_or_not_at_all(received):

@@ -10,6 +10,7 @@ from models.ct.phantom import Identity
 from models.encoders.timm_import import timm
 from models.specs import encoder_id
 from models.zoo import TEST
+from service import indexing
 from service.settings import Settings
 from service.storage.catalog import Arrival
 from service.storage.keys import EmbeddingKey
@@ -118,6 +119,6 @@ def test_an_index_that_fails_frees_the_lease_for_whoever_tries_again(worker, sta
     with monkeypatch.context() as patch:
         patch.setattr(worker.stores.index, "replace", full)
         with pytest.raises(OSError, match="No space left"):
-            pipeline.index_bags(worker)
+            indexing.index_bags(worker.stores, worker.settings, worker.holder)
 
     assert worker.stores.leases.take("index", "somebody else", 60.0)

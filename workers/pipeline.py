@@ -1,9 +1,8 @@
-"""The recipes, top to bottom: embed a series, index bags, train a head, check the canary."""
+"""The recipes, top to bottom: embed a series, train a head, check the canary."""
 
 import hashlib
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -29,15 +28,12 @@ from models.runtimes import CannotRun
 from models.specs import LicenceForbids, MissingWeights, WrongWeights
 from models.zoo import encoders
 from service.storage.archive import content_of
-from service.storage.index import SliceRows
 from service.storage.keys import EmbeddingKey
 from service.storage.tables import HeadRow, now
 from workers.head_reports import completed
 from workers.resources import Resources
 
 PROGRESS_SECONDS = 1.0  # between two notes of progress, which are also the sign of life
-INDEX_LEASE_SECONDS = 120.0
-INDEX_BAGS_PER_COMMIT = 64
 
 Progress = Callable[[int, int], None]  # slices done, of slices known
 
@@ -108,29 +104,6 @@ def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     stores.catalog.commit(key, content, len(bag), verdict, series.geometry())
     stores.bags.keep_only(key, {content, *stores.predictions.contents(key)})
     return True
-
-
-def index_bags(worker: Resources) -> None:
-    """Bring the index up to what is embedded. One worker does it for all; the others go on."""
-    leases = worker.stores.leases
-    try:
-        while leases.take("index", worker.holder, INDEX_LEASE_SECONDS) and _index_some(worker):
-            pass
-    finally:
-        leases.release("index", worker.holder)
-
-
-def _index_some(worker: Resources) -> bool:
-    """One commit per encoder of what waits; False where nothing did."""
-    stores = worker.stores
-    by_encoder: dict[str, list[tuple[EmbeddingKey, str]]] = defaultdict(list)
-    for key, content in stores.catalog.not_indexed(limit=INDEX_BAGS_PER_COMMIT):
-        by_encoder[key.encoder_id].append((key, content))
-    for encoder_id, group in by_encoder.items():
-        stores.index.replace(encoder_id, [_slice_rows(key, content, worker) for key, content in group])
-        stores.catalog.indexed(group)
-        stores.index.tidy(encoder_id)
-    return bool(by_encoder)
 
 
 def train_head(head_id: str, worker: Resources) -> None:
@@ -244,20 +217,6 @@ def _verdict(series: CTSeries) -> dict[str, Any]:
         for name, each in series.set_aside
     ]
     return {**asdict(series.verdict()), "set_aside": set_aside}
-
-
-def _slice_rows(key: EmbeddingKey, content: str, worker: Resources) -> SliceRows:
-    series, receipt = worker.stores.catalog.series(key.series_uid), worker.stores.bags.receipt(key, content)
-    return SliceRows(
-        key=key,
-        patient_key=series.patient_key,
-        study_uid=series.study_uid,
-        sop_uids=receipt["sop_uids"],
-        z_mm=receipt["z_mm"],
-        windows=receipt["windows"],
-        bag=worker.stores.bags.get(key, content),
-        frames=receipt.get("frames"),
-    )
 
 
 def _bag_names(series_uids: list[str], encoder_id: str, worker: Resources) -> list[tuple[EmbeddingKey, str]]:

@@ -5,7 +5,7 @@ from typing import Any
 from celery import shared_task
 from sqlalchemy.exc import OperationalError
 
-from service.queue import CHECK_CANARY, EMBED_SERIES, HEAT_MAP, INDEX_BAGS, TRAIN_HEAD
+from service.queue import CHECK_CANARY, EMBED_QUERY, EMBED_SERIES, HEAT_MAP, INDEX_BAGS, KEEP_INDEX, TRAIN_HEAD
 
 # What may be over in a moment: a disk or database that was away. Bad data is never retried.
 RETRIED: dict[str, Any] = {
@@ -25,9 +25,20 @@ def embed_series(series_uid: str, encoder_id: str) -> None:
 
 @shared_task(name=INDEX_BAGS, **RETRIED)
 def index_bags() -> None:
-    from workers import pipeline, resources
+    from service import indexing
+    from workers import resources
 
-    pipeline.index_bags(resources.resources())
+    worker = resources.resources()
+    indexing.index_bags(worker.stores, worker.settings, worker.holder)
+
+
+@shared_task(name=KEEP_INDEX)
+def keep_index() -> None:
+    from service import indexing
+    from workers import resources
+
+    worker = resources.resources()
+    indexing.keep_index(worker.stores, worker.settings, worker.holder)
 
 
 @shared_task(name=TRAIN_HEAD, **RETRIED)
@@ -51,3 +62,10 @@ def heat_map(series_uid: str, content: str, head_id: str, slice: str, window: st
 
     spot = HeatSpot(series_uid, content, head_id, int(slice), window, label)
     explanations.heat_map(spot, resources.resources())
+
+
+@shared_task(name=EMBED_QUERY)
+def embed_query(query_id: str, encoder_id: str, window: str) -> None:
+    from workers import queries, resources
+
+    queries.embed_query(query_id, encoder_id, window, resources.resources())

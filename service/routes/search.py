@@ -1,78 +1,218 @@
-"""Which other slices look like this one."""
+"""Which other slices, and which other series, look like this one."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter
+from fastapi import APIRouter, File, Form, Query, UploadFile
 from numpy.typing import NDArray
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 
-from service.deps import EncodersDep, SettingsDep, StoresDep
-from service.errors import BadQuery, SliceNotFound, WindowNotFound
-from service.schemas.search import Filters, Hit, SearchAnswer, SearchRequest
+from models.specs import EncoderSpec
+from service.deps import EncodersDep, HeadsDep, QueueDep, SettingsDep, StoresDep
+from service.errors import BadQuery, SliceNotFound, UploadTooLarge, WindowNotFound, WorkersBusy
+from service.queue import Queue
+from service.rows import Hit as FoundHit
+from service.schemas.base import Text
+from service.schemas.search import (
+    Filters,
+    Hit,
+    ImageSearchRequest,
+    SearchAnswer,
+    SearchOptions,
+    SearchRequest,
+    SeriesSearchAnswer,
+    SeriesSearchRequest,
+    SliceQuery,
+    TagList,
+)
+from service.settings import Settings
+from service.similar import Asked, Match, QuerySlice, Way
+from service.similar import search as find
+from service.similar_series import similar_series
 from service.storage.keys import EmbeddingKey
+from service.storage.selection import Wanted
 from service.storage.stores import Stores
 
 router = APIRouter(prefix="/v1", tags=["search"])
 
+PATIENCE_SECONDS = 20.0  # as for a heat map
+POLL_SECONDS = 0.02
+MAX_IMAGE_BYTES = 64 * 2**20
+
 
 @router.post("/search")
-def search(query: SearchRequest, stores: StoresDep, settings: SettingsDep, encoders: EncodersDep) -> SearchAnswer:
-    """The k nearest stored slices by cosine, from a stored slice at a window or from a vector."""
-    if query.k > settings.max_neighbours:
-        raise BadQuery(f"k is {query.k}, expected at most {settings.max_neighbours}")
+def search(
+    query: SearchRequest, stores: StoresDep, settings: SettingsDep, encoders: EncodersDep, queue: QueueDep
+) -> SearchAnswer:
+    """The k nearest stored slices by cosine: to a stored slice, to several, or to a vector."""
     spec, encoder_id = encoders.spec(query.encoder), encoders.id(query.encoder)
-    windows = [window.name for window in spec.windows]
-    if query.window is not None and query.window not in windows:
-        raise WindowNotFound(f"no window {query.window!r}, expected one of {', '.join(windows)}")
-    vector = _stored(query, stores, encoder_id, windows) if query.vector is None else np.array(query.vector)
-    if vector.shape != (spec.dim,):
-        raise BadQuery(f"the vector has {vector.size} numbers, expected {spec.dim} of {encoder_id}")
-    with np.errstate(over="ignore"):
-        norm = np.linalg.norm(vector.astype(np.float32))
-    if not np.isfinite(norm) or norm == 0:
-        raise BadQuery("the vector is zero, infinite or not a number, expected a direction")
-    where = _where(query, stores)
-    hits = stores.index.nearest(encoder_id, vector / norm, query.k, " AND ".join(where)) if where is not None else []
-    patients = stores.catalog.patient_ids([hit["patient_key"] for hit in hits])
-    answers = [
-        Hit(**{**hit, "patient_id": patients[hit["patient_key"]], "score": 1.0 - hit["_distance"]}) for hit in hits
-    ]
-    return SearchAnswer(hits=answers, encoder_id=encoder_id, index="exact", recall=1.0)
+    _check(query, spec, settings, query.window, *(each.window for each in query.queries))
+    slices = [_stored(each, query.match, stores, encoder_id, spec) for each in query.queries]
+    match = query.match
+    if query.vector is not None:
+        slices = [QuerySlice({query.window: _unit(np.array(query.vector), spec, encoder_id)}, query.window)]
+        match = "any" if query.window is None else match
+    own = [each.series_uid for each in query.queries]
+    narrowed = stores.selection.narrowed(encoder_id, _wanted(query.filters), query.exclude, own)
+    asked = Asked(slices, query.k, match, query.combine, query.collapse == "series", query.exact)
+    hits, way = find(asked, encoder_id, narrowed, settings.index_recall, stores, queue.keep_index)
+    return _answer(hits, way, encoder_id, stores)
 
 
-def _stored(query: SearchRequest, stores: Stores, encoder_id: str, windows: list[str]) -> NDArray[np.float64]:
-    assert query.series_uid is not None and query.slice is not None and query.window is not None  # by the schema
+@router.post("/search/image")
+async def search_by_image(
+    file: Annotated[UploadFile, File(description="a DICOM slice, or a PNG of one at a window")],
+    stores: StoresDep,
+    settings: SettingsDep,
+    encoders: EncodersDep,
+    queue: QueueDep,
+    query: Annotated[str, Form(description="an ImageSearchRequest as JSON")] = "{}",
+    encoder: Annotated[Text | None, Query(description="name or id; the service's own where unset")] = None,
+) -> SearchAnswer:
+    """The k nearest stored slices to one that is uploaded: a worker embeds it, and nothing of it is kept.
+
+    503 while no worker has time; ask again.
+    """
+    asked = _parsed(query)
+    spec, encoder_id = encoders.spec(encoder), encoders.id(encoder)
+    if spec.kind != "slice2d":
+        raise BadQuery("this encoder reads whole volumes; only an encoder of slices embeds one")
+    _check(asked, spec, settings, asked.window)
+    if asked.match == "same" and asked.window is None:
+        raise BadQuery("expected a window, or match any or fused")
+    content = await file.read(MAX_IMAGE_BYTES + 1)
+    if len(content) > MAX_IMAGE_BYTES:
+        raise UploadTooLarge(f"the file has more than {MAX_IMAGE_BYTES} bytes")
+    png = content.startswith(b"\x89PNG")
+    if png and (asked.window is None or asked.match == "fused"):
+        raise BadQuery("a PNG shows one window: expected its name, and match same or any")
+    embedding = await _embedded(content, encoder_id, asked.window if png else None, stores, queue)
+
+    def run() -> SearchAnswer:
+        narrowed = stores.selection.narrowed(encoder_id, _wanted(asked.filters), "none", [])
+        mine = _at_windows(embedding, asked.window, asked.match, spec, encoder_id)
+        what = Asked([mine], asked.k, asked.match, collapse=asked.collapse == "series", exact=asked.exact)
+        return _answer(
+            *find(what, encoder_id, narrowed, settings.index_recall, stores, queue.keep_index), encoder_id, stores
+        )
+
+    return await run_in_threadpool(run)
+
+
+@router.post("/search/series")
+def search_series(
+    query: SeriesSearchRequest, stores: StoresDep, settings: SettingsDep, encoders: EncodersDep, heads: HeadsDep
+) -> SeriesSearchAnswer:
+    """The k series most like this one: by their mean, by what a head attends to, or slice by slice."""
+    _check_k(query.k, settings)
+    if query.head is not None:
+        head = stores.heads.ready(query.head)
+        if query.encoder is not None and encoders.id(query.encoder) != head.encoder_id:
+            raise BadQuery(f"the head is of {head.encoder_id}, the search of another encoder")
+        encoder_id, runner, pooling = head.encoder_id, heads(head.head_id), head.head_id
+    else:
+        encoder_id, runner, pooling = encoders.id(query.encoder), None, "mean"
+    narrowed = stores.selection.narrowed(encoder_id, _wanted(query.filters), query.exclude, [query.series_uid])
+    shortlist = query.shortlist if query.by == "late" else None
+    return similar_series(query.series_uid, query.k, encoder_id, pooling, runner, shortlist, narrowed, stores)
+
+
+@router.get("/series/{series_uid}/tags")
+def get_tags(series_uid: Text, stores: StoresDep) -> TagList:
+    """The series' tags."""
+    return TagList(tags=stores.tags.get(series_uid))
+
+
+@router.put("/series/{series_uid}/tags")
+def put_tags(series_uid: Text, wanted: TagList, stores: StoresDep) -> TagList:
+    """Give the series these tags and no others; searches that filter by them see it at once."""
+    stores.tags.put(series_uid, wanted.tags)
+    return TagList(tags=stores.tags.get(series_uid))
+
+
+def _parsed(query: str) -> ImageSearchRequest:
+    try:
+        return ImageSearchRequest.model_validate_json(query)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise BadQuery(f"query: {wrong}") from error
+
+
+def _check(query: SearchOptions, spec: EncoderSpec, settings: Settings, *windows: str | None) -> None:
+    _check_k(query.k, settings)
+    known = [window.name for window in spec.windows]
+    for window in windows:
+        if window is not None and window not in known:
+            raise WindowNotFound(f"no window {window!r}, expected one of {', '.join(known)}")
+
+
+def _check_k(k: int, settings: Settings) -> None:
+    if k > settings.max_neighbours:
+        raise BadQuery(f"k is {k}, expected at most {settings.max_neighbours}")
+
+
+def _wanted(filters: Filters) -> Wanted:
+    said: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in filters.model_dump().items()
+    }
+    return Wanted(**said)
+
+
+def _stored(query: SliceQuery, match: Match, stores: Stores, encoder_id: str, spec: EncoderSpec) -> QuerySlice:
     row = stores.catalog.embedding(query.series_uid, encoder_id)
     bag = stores.bags.get(EmbeddingKey(query.series_uid, encoder_id), row.content or "")
     if query.slice >= len(bag):
         raise SliceNotFound(f"no slice {query.slice}, expected 0 to {len(bag) - 1}")
-    vector: NDArray[np.float64] = bag[query.slice, windows.index(query.window)].astype(np.float64)
-    return vector
+    return _at_windows(bag[query.slice], query.window, match, spec, encoder_id)
 
 
-def _where(query: SearchRequest, stores: Stores) -> list[str] | None:
-    """Conditions on the rows that may answer, or None where no row can."""
-    conditions = [] if query.window is None else [f"window = {_quoted(query.window)}"]
-    if query.exclude != "none":
-        assert query.series_uid is not None  # by the schema
-        series = stores.catalog.series(query.series_uid)
-        column, value = {
-            "series": ("series_uid", series.series_uid),
-            "study": ("study_uid", series.study_uid),
-            "patient": ("patient_key", series.patient_key),
-        }[query.exclude]
-        conditions.append(f"{column} != {_quoted(value)}")
-    filters: Filters = query.filters
-    if filters.series_uid is not None:
-        conditions.append(f"series_uid = {_quoted(filters.series_uid)}")
-    if filters.study_uid is not None:
-        conditions.append(f"study_uid = {_quoted(filters.study_uid)}")
-    if filters.patient_id is not None:
-        patient_key = stores.catalog.patient_key(filters.patient_id)
-        if patient_key is None:
-            return None
-        conditions.append(f"patient_key = {_quoted(patient_key)}")
-    return conditions
+def _at_windows(
+    embedding: NDArray[Any], window: str | None, match: Match, spec: EncoderSpec, encoder_id: str
+) -> QuerySlice:
+    """A slice's embedding, (windows, dim), at the windows that the search needs."""
+    names = [each.name for each in spec.windows]
+    needed = names if window is None or match == "fused" else [window]
+    return QuerySlice({name: _unit(embedding[names.index(name)], spec, encoder_id) for name in needed}, window)
 
 
-def _quoted(value: str) -> str:
-    """An SQL string literal; Lance takes no bound parameters."""
-    return "'" + value.replace("'", "''") + "'"
+def _unit(vector: NDArray[Any], spec: EncoderSpec, encoder_id: str) -> NDArray[np.float32]:
+    if vector.shape != (spec.dim,):
+        raise BadQuery(f"the vector has {vector.size} numbers, expected {spec.dim} of {encoder_id}")
+    with np.errstate(over="ignore"):
+        single = vector.astype(np.float32)
+        norm = np.linalg.norm(single)
+    if not np.isfinite(norm) or norm == 0:
+        raise BadQuery("the vector is zero, infinite or not a number, expected a direction")
+    return np.asarray(single / norm, np.float32)
+
+
+async def _embedded(
+    content: bytes, encoder_id: str, window: str | None, stores: Stores, queue: Queue
+) -> NDArray[np.float32]:
+    """(windows, dim), by a worker. Raises BrokerDown, WorkersBusy or BadQuery; the file is gone in any case."""
+    query_id = await run_in_threadpool(stores.queries.put, content)
+    try:
+        await run_in_threadpool(queue.embed_query, query_id, encoder_id, window or "")
+        end = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < end:
+            found = await run_in_threadpool(stores.queries.get, query_id)
+            if found is not None:
+                return found
+            await asyncio.sleep(POLL_SECONDS)
+        raise WorkersBusy(f"no worker has embedded the slice within {PATIENCE_SECONDS:.0f} s; ask again later")
+    finally:
+        await run_in_threadpool(stores.queries.forget, query_id)
+
+
+def _answer(hits: Sequence[FoundHit], way: Way, encoder_id: str, stores: Stores) -> SearchAnswer:
+    patients = stores.catalog.patient_ids([hit["patient_key"] for hit in hits])
+    known = [
+        Hit(**{**hit, "patient_id": patients[hit["patient_key"]]}) for hit in hits if hit["patient_key"] in patients
+    ]
+    return SearchAnswer(
+        hits=known, encoder_id=encoder_id, index=way.index, recall=way.recall, effort=way.effort, note=way.note
+    )

@@ -179,22 +179,6 @@ class Catalog:
             if verdict:
                 session.get_one(SeriesRow, key.series_uid).verdict = verdict
 
-    def not_indexed(self, limit: int) -> list[tuple[EmbeddingKey, str]]:
-        """Embeddings whose rows are missing or outdated in the index, with the content that counts."""
-        outdated = or_(EmbeddingRow.indexed_content.is_(None), EmbeddingRow.indexed_content != EmbeddingRow.content)
-        query = select(EmbeddingRow).where(EmbeddingRow.content.is_not(None), outdated)
-        with self._database.read() as session:
-            rows = session.scalars(query.order_by(EmbeddingRow.encoder_id, EmbeddingRow.embedded_at).limit(limit))
-            return [(EmbeddingKey(row.series_uid, row.encoder_id), row.content or "") for row in rows]
-
-    def indexed(self, keys: Sequence[tuple[EmbeddingKey, str]]) -> None:
-        with self._database.write() as session:
-            for key, content in keys:
-                row = session.get_one(EmbeddingRow, (key.series_uid, key.encoder_id))
-                row.indexed_content = content
-                if row.state == "embedded" and row.content == content:
-                    row.state = "indexed"
-
     def series(self, series_uid: str) -> SeriesRow:
         with self._database.read() as session:
             row = session.get(SeriesRow, series_uid)

@@ -1,6 +1,9 @@
-"""LanceDB: one row per slice and window, and its nearest neighbours."""
+"""LanceDB: tables of one row per slice and window, and their nearest neighbours."""
 
-from collections.abc import Sequence
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +18,20 @@ if TYPE_CHECKING:
     import lancedb
     import pyarrow
 
-LAYOUT_VERSION = b"1"
-FRAME = "frame"
-KEEP_VERSIONS = timedelta(hours=1)  # a reader that opened an old version may still be on it
+LAYOUT_VERSION = b"2"
+KEEP_VERSIONS = timedelta(minutes=5)  # a query that began on an old version is long over by then
+INDEX_CACHE_BYTES = 512 * 2**20  # the ANN index of two million rows
+METADATA_CACHE_BYTES = 64 * 2**20
+MANY_FRAGMENTS = 16
+MANY_VERSIONS = 16
+MANY_UNINDEXED = 4096  # rows that every query reads beside the ANN index
+
+NARROWED_BY = ("series_uid", "window")
+IDENTITY = ["series_uid", "slice", "window", "sop_uid", "frame", "z_mm", "patient_key", "study_uid"]
+
+
+class IndexBroken(Exception):
+    """The table is not there, or its files do not read."""
 
 
 @dataclass(frozen=True)
@@ -33,109 +47,219 @@ class SliceRows:
     bag: NDArray[np.float16]  # (slices, windows, dim)
     frames: Sequence[int | None] | None = None  # (slices,), of multi-frame instances
 
+    def as_table(self) -> "pyarrow.Table":
+        """The rows as they are stored, slice by slice."""
+        import pyarrow as pa
+
+        slices, windows, dim = self.bag.shape
+        count = slices * windows
+        slice_numbers = np.repeat(np.arange(slices, dtype=np.int32), windows)
+        window_names = np.tile(np.array(self.windows), slices)
+        names = zip(slice_numbers, window_names, strict=True)
+        columns = {
+            "row_id": pa.array([f"{self.key.series_uid}/{number}/{window}" for number, window in names]),
+            "series_uid": pa.array([self.key.series_uid] * count),
+            "slice": pa.array(slice_numbers),
+            "window": pa.array(window_names),
+            "sop_uid": pa.array(np.repeat(np.array(self.sop_uids), windows)),
+            "frame": pa.array(np.repeat(np.array(self.frames or [None] * slices), windows), pa.int32()),
+            "z_mm": pa.array(np.repeat(np.array(self.z_mm, dtype=np.float64), windows)),
+            "patient_key": pa.array([self.patient_key] * count),
+            "study_uid": pa.array([self.study_uid] * count),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(self.bag.reshape(-1)), dim),
+        }
+        return pa.table(columns).replace_schema_metadata({b"layout_version": LAYOUT_VERSION})
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of the ANN index a search looks at: partitions, and exact distances per hit asked for."""
+
+    nprobes: int
+    refine: int
+
 
 class SliceIndex:
-    """One Lance table per encoder below `root`. Derived from the bags; one writer at a time (see leases).
+    """Lance tables below `root`; the catalog says which one an encoder's searches use (see Indexes).
 
-    lancedb is imported where it is used: it takes a second and 100 MB, and must not be there before a fork.
+    Derived from the bags. One writer at a time, which holds the lease. Whatever Lance cannot read raises
+    IndexBroken. lancedb is imported where it is used: it takes a second and 100 MB, and must not be there
+    before a fork.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._lock = threading.Lock()
+        self._connection: Any = None
+        self._opened: dict[str, lancedb.table.Table] = {}
 
-    def replace(self, encoder_id: str, bags: Sequence[SliceRows]) -> None:
-        """In one commit, make these bags' rows the only ones of their series."""
+    @staticmethod
+    def new_name(encoder_id: str) -> str:
+        """A table name that was never used: an open handle never sees another table's files."""
+        return f"slices-{encoder_id.replace('@', '-')}-{uuid.uuid4().hex[:8]}"
+
+    def replace(self, name: str, bags: Sequence[SliceRows]) -> int:
+        """In one commit, make these bags' rows the only ones of their series. Answers how many."""
         import pyarrow as pa
 
-        rows = pa.concat_tables([_rows(bag) for bag in bags])
-        table = self._table(encoder_id, rows.schema)
-        series = ", ".join(f"'{bag.key.series_uid}'" for bag in bags)  # UIDs: digits and dots
-        (
-            table.merge_insert("row_id")
-            .when_matched_update_all()
-            .when_not_matched_insert_all()
-            .when_not_matched_by_source_delete(f"series_uid IN ({series})")
-            .execute(rows)
-        )
+        rows = pa.concat_tables([bag.as_table() for bag in bags])
+        with self._readable(name):
+            if not self.exists(name):
+                self._create(name, rows)
+                return int(rows.num_rows)
+            table, mine = self._open(name), one_of("series_uid", [bag.key.series_uid for bag in bags])
+            (
+                table.merge_insert("row_id")
+                .when_matched_update_all()
+                .when_not_matched_insert_all()
+                .when_not_matched_by_source_delete(mine)
+                .execute(rows)
+            )
+            if table.count_rows(mine) != rows.num_rows:  # two writers' rows lie beside each other: a merge keeps both
+                table.delete(mine)
+                table.add(rows)
+        return int(rows.num_rows)
 
-    def nearest(self, encoder_id: str, vector: NDArray[Any], k: int, where: str | None) -> list[dict[str, Any]]:
-        """The k rows of highest cosine among those that meet `where`, by exact search; best first."""
-        table = self._open(encoder_id)
-        if table is None or table.count_rows() == 0:
-            return []
-        query: Any = table.search(vector.astype(np.float32), vector_column_name="vector")
-        query = query.distance_type("cosine").bypass_vector_index().limit(k)
-        columns = [column for column in _columns() if column in table.schema.names]  # an older table has no frames
-        query = query.select([*columns, "_distance"])
-        if where:
-            query = query.where(where, prefilter=True)
-        hits: list[dict[str, Any]] = query.to_list()
+    def remove(self, name: str, series_uids: Sequence[str]) -> None:
+        with self._readable(name):
+            self._open(name).delete(one_of("series_uid", series_uids))
+
+    def nearest(
+        self,
+        name: str,
+        vector: NDArray[Any],
+        k: int,
+        where: str | None = None,
+        effort: Effort | None = None,
+        also: Sequence[str] = (),
+    ) -> list[dict[str, Any]]:
+        """The k rows of highest cosine among those that meet `where`, best first, with `score`.
+
+        By exact search where no effort is given. `also` names columns beside the identity.
+        """
+        with self._readable(name):
+            query: Any = self._open(name).search(vector.astype(np.float32), vector_column_name="vector")
+            query = query.distance_type("cosine").limit(k).select([*IDENTITY, *also, "_distance"])
+            if effort is None:
+                query = query.bypass_vector_index()
+            else:
+                query = query.nprobes(effort.nprobes).refine_factor(effort.refine)
+            if where:
+                query = query.where(where, prefilter=True)
+            hits: list[dict[str, Any]] = query.to_list()
+        for hit in hits:
+            hit["score"] = 1.0 - hit.pop("_distance")
         return hits
 
-    def tidy(self, encoder_id: str) -> None:
-        """Merge small fragments and drop versions that no reader can be on."""
-        if table := self._open(encoder_id):
-            table.optimize(cleanup_older_than=KEEP_VERSIONS)
+    def rows(self, name: str, where: str | None = None) -> "pyarrow.Table":
+        """Whole rows, for checking them against the bags, or for other scores."""
+        with self._readable(name):
+            query: Any = self._open(name).search()
+            return (query.where(where) if where else query).limit(None).to_arrow()
 
-    def rows(self, encoder_id: str) -> "pyarrow.Table":
-        """Everything in the index, for checking it against the bags."""
-        table = self._open(encoder_id)
-        if table is None:
-            raise KeyError(encoder_id)
-        return table.to_arrow()
+    def batches(self, name: str, columns: Sequence[str]) -> Iterator["pyarrow.RecordBatch"]:
+        """Every row, some thousands at a time."""
+        with self._readable(name):
+            yield from self._open(name).search().select(list(columns)).limit(None).to_batches(batch_size=8192)
 
-    def _table(self, encoder_id: str, schema: "pyarrow.Schema") -> "lancedb.table.Table":
-        existing = self._open(encoder_id)
-        if existing is not None:
-            if FRAME not in existing.schema.names:
-                existing.add_columns({FRAME: "CAST(NULL AS INT)"})
-            return existing
-        from lancedb.index import Bitmap, BTree
+    def count(self, name: str) -> int:
+        with self._readable(name):
+            return int(self._open(name).count_rows())
 
-        table = self._connect().create_table(_name(encoder_id), schema=schema)
-        table.create_index("series_uid", config=BTree())
-        table.create_index("window", config=Bitmap())
-        return table
+    def counts(self, name: str) -> dict[str, int]:
+        """How many rows each series has."""
+        with self._readable(name):
+            series = self._open(name).search().select(["series_uid"]).limit(None).to_arrow()["series_uid"]
+            return {each["values"]: each["counts"] for each in series.value_counts().to_pylist()}
 
-    def _open(self, encoder_id: str) -> "lancedb.table.Table | None":
-        if not (self._root / f"{_name(encoder_id)}.lance").exists():
-            return None
-        return self._connect().open_table(_name(encoder_id))
+    def build(self, name: str) -> None:
+        """Make the ANN index anew over every row; searches go on with the old one meanwhile."""
+        from lancedb.index import IvfRq
 
-    def _connect(self) -> "lancedb.DBConnection":
+        with self._readable(name):
+            self._open(name).create_index("vector", config=IvfRq(distance_type="cosine"))
+
+    def unindexed(self, name: str) -> int | None:
+        """Rows that are not in the ANN index, which every search reads one by one; None without an index."""
+        with self._readable(name):
+            found = self._open(name).index_stats("vector_idx")
+            return found.num_unindexed_rows if found else None
+
+    def tidy(self, name: str) -> None:
+        """Where it pays, merge small fragments, take new rows into the indexes, drop versions that nobody reads."""
+        with self._readable(name):
+            table = self._open(name)
+            _index_columns(table)
+            stats: Any = table.stats()
+            pieces = stats["fragment_stats"]["num_small_fragments"] > MANY_FRAGMENTS
+            if pieces or (self.unindexed(name) or 0) > MANY_UNINDEXED or len(table.list_versions()) > MANY_VERSIONS:
+                table.optimize(cleanup_older_than=KEEP_VERSIONS)
+
+    def names(self) -> list[str]:
+        """Of every table here, used or not."""
+        return sorted(path.stem for path in self._root.glob("*.lance"))
+
+    def exists(self, name: str) -> bool:
+        return (self._root / f"{name}.lance").exists()
+
+    def age_seconds(self, name: str, moment: float) -> float:
+        """Since the table was last written."""
+        return moment - max((path.stat().st_mtime for path in (self._root / f"{name}.lance").iterdir()), default=0.0)
+
+    def size_bytes(self, name: str) -> int:
+        return sum(path.stat().st_size for path in (self._root / f"{name}.lance").rglob("*") if path.is_file())
+
+    def drop(self, name: str) -> None:
+        import shutil
+
+        with self._lock:
+            self._opened.pop(name, None)
+        shutil.rmtree(self._root / f"{name}.lance", ignore_errors=True)
+
+    def _create(self, name: str, rows: "pyarrow.Table") -> None:
+        _index_columns(self._connect().create_table(name, data=rows))
+
+    def _open(self, name: str) -> "lancedb.table.Table":
+        if name not in self._opened:
+            self._opened[name] = self._connect().open_table(name)
+        return self._opened[name]
+
+    def _connect(self) -> Any:
         import lancedb
 
-        self._root.mkdir(parents=True, exist_ok=True)
-        return lancedb.connect(self._root)
+        with self._lock:
+            if self._connection is None:
+                self._root.mkdir(parents=True, exist_ok=True)
+                session = lancedb.Session(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES)
+                # Zero: every read looks whether there is a newer version.
+                self._connection = lancedb.connect(self._root, read_consistency_interval=timedelta(0), session=session)
+            return self._connection
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        """Lance's errors are of no class of its own."""
+        try:
+            yield
+        except (RuntimeError, OSError, ValueError) as error:
+            self._opened.pop(name, None)
+            raise IndexBroken(f"table {name}: {type(error).__name__}") from error
 
 
-def _name(encoder_id: str) -> str:
-    """Table names hold letters, digits, dots, hyphens and underscores only."""
-    return f"slices-{encoder_id.replace('@', '-')}"
+def _index_columns(table: "lancedb.table.Table") -> None:
+    """Those that searches narrow by, where they have no index yet: whoever made the table may have died."""
+    from lancedb.index import Bitmap
+
+    present = {column for index in table.list_indices() for column in index.columns}
+    for column in NARROWED_BY:
+        if column not in present:
+            table.create_index(column, config=Bitmap())
 
 
-def _columns() -> list[str]:
-    return ["series_uid", "slice", "window", "sop_uid", FRAME, "z_mm", "patient_key", "study_uid"]
+def one_of(column: str, values: Sequence[str]) -> str:
+    """An SQL condition; Lance takes no bound parameters."""
+    return f"{column} IN ({', '.join(map(quoted, values))})"
 
 
-def _rows(bag: SliceRows) -> "pyarrow.Table":
-    import pyarrow as pa
-
-    slices, windows, dim = bag.bag.shape
-    count = slices * windows
-    slice_numbers = np.repeat(np.arange(slices, dtype=np.int32), windows)
-    window_names = np.tile(np.array(bag.windows), slices)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(bag.bag.reshape(-1)), dim)
-    columns = {
-        "row_id": pa.array([f"{bag.key.series_uid}/{k}/{w}" for k, w in zip(slice_numbers, window_names, strict=True)]),
-        "series_uid": pa.array([bag.key.series_uid] * count),
-        "slice": pa.array(slice_numbers),
-        "window": pa.array(window_names),
-        "sop_uid": pa.array(np.repeat(np.array(bag.sop_uids), windows)),
-        FRAME: pa.array(np.repeat(np.array(bag.frames or [None] * slices), windows), pa.int32()),
-        "z_mm": pa.array(np.repeat(np.array(bag.z_mm, dtype=np.float64), windows)),
-        "patient_key": pa.array([bag.patient_key] * count),
-        "study_uid": pa.array([bag.study_uid] * count),
-        "vector": vectors,
-    }
-    return pa.table(columns).replace_schema_metadata({b"layout_version": LAYOUT_VERSION})
+def quoted(value: str) -> str:
+    """An SQL string literal."""
+    return "'" + value.replace("'", "''") + "'"

@@ -12,8 +12,12 @@ from service.storage.figures import Figures
 from service.storage.heads import Heads
 from service.storage.heatmaps import HeatMaps
 from service.storage.index import SliceIndex
+from service.storage.indexes import Indexes
 from service.storage.leases import Leases
 from service.storage.predictions import Predictions
+from service.storage.queries import Queries
+from service.storage.selection import Selection
+from service.storage.tags import Tags
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Stores:
     archive: Archive
     bags: Bags
     index: SliceIndex
+    indexes: Indexes
     database: Database
     catalog: Catalog
     heads: Heads
@@ -29,6 +34,9 @@ class Stores:
     canaries: Canaries
     figures: Figures
     heatmaps: HeatMaps
+    selection: Selection
+    tags: Tags
+    queries: Queries
 
     def close(self) -> None:
         self.database.engine.dispose()
@@ -45,6 +53,7 @@ def open_stores(settings: Settings) -> Stores:
         archive=archive,
         bags=Bags(root / "bags"),
         index=SliceIndex(root / "index"),
+        indexes=Indexes(database),
         database=database,
         catalog=Catalog(database, archive),
         heads=Heads(database),
@@ -53,4 +62,7 @@ def open_stores(settings: Settings) -> Stores:
         canaries=Canaries(database),
         figures=Figures(database),
         heatmaps=HeatMaps(root / "heatmaps"),
+        selection=Selection(database),
+        tags=Tags(database),
+        queries=Queries(settings.staging_dir / "queries"),
     )

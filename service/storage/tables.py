@@ -122,8 +122,47 @@ class EmbeddingRow(Work, Row):
     slices: Mapped[int | None]
     embedded_at: Mapped[datetime | None]
     indexed_content: Mapped[str | None]  # of the bag whose rows are in the index
+    indexed_rows: Mapped[int | None]  # how many they are
 
     __table_args__ = (Index("ix_embeddings_encoder_state", "encoder_id", "state"),)
+
+
+class IndexRow(Row):
+    """Which Lance table an encoder's searches use, and what its ANN index was measured to find."""
+
+    __tablename__ = "indexes"
+
+    encoder_id: Mapped[str] = mapped_column(primary_key=True)
+    table_name: Mapped[str]
+    broken: Mapped[bool] = mapped_column(default=False)  # a search found it so; it is being rebuilt
+    built_rows: Mapped[int | None]  # of the ANN index; None where searches are exact
+    built_at: Mapped[datetime | None]
+    build_seconds: Mapped[float | None]
+    recall: Mapped[float | None]  # at 10, of the effort below, or the best there was
+    nprobes: Mapped[int | None]  # None: no effort finds enough, searches are exact
+    refine: Mapped[int | None]
+    measured: Mapped[dict[str, Any] | None]  # of the last build: queries, every effort tried
+
+
+class SeriesTagRow(Row):
+    """A tag that users gave to a series."""
+
+    __tablename__ = "series_tags"
+
+    series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid, ondelete="CASCADE"), primary_key=True)
+    tag: Mapped[str] = mapped_column(primary_key=True, index=True)
+
+
+class PooledRow(Row):
+    """A series in one vector: its mean, or a head's attention over its slices."""
+
+    __tablename__ = "pooled"
+
+    series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid, ondelete="CASCADE"), primary_key=True)
+    encoder_id: Mapped[str] = mapped_column(primary_key=True)
+    pooling: Mapped[str] = mapped_column(primary_key=True)  # "mean", or a head's id
+    content: Mapped[str]  # of the bag it was made from
+    vector: Mapped[bytes] = mapped_column(LargeBinary)  # float16, of length one
 
 
 class HeadRow(Work, Row):

@@ -1,0 +1,97 @@
+"""`keyslice index`: how the similarity index is, whether it is what the bags say, and making it anew."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from service.terminal import console, fail, read_settings
+
+index = typer.Typer(no_args_is_help=True, help="The similarity index: figures, a check against the bags, a rebuild.")
+
+DIFFERENT = 3  # exit status
+AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
+Encoder = Annotated[str | None, typer.Option(help="id, as `keyslice index stats` lists it; every one if none")]
+
+
+@index.command(epilog="Example: keyslice index stats --json")
+def stats(as_json: AsJson = False) -> None:
+    """Rows, disk, the ANN index and its measured recall, per encoder."""
+    from service.checking import index_stats
+    from service.storage.stores import open_stores
+
+    found = index_stats(open_stores(read_settings()))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    table = Table("encoder", "series", "rows", "waiting", "MB", "ANN index of", "recall at 10", "effort", box=None)
+    for each in found:
+        table.add_row(*map(_cell, _columns(each)))
+    console().print(table)
+
+
+@index.command(epilog="Example: keyslice index check --json")
+def check(encoder: Encoder = None, as_json: AsJson = False) -> None:
+    """Compare the index with the bags, row by row; exit status 3 where they differ."""
+    from service.checking import check_index
+    from service.storage.stores import open_stores
+
+    stores = open_stores(read_settings())
+    found = {each: check_index(each, stores) for each in _encoders(encoder, stores)}
+    if as_json:
+        told = {name: {"rows": one.rows, "waiting": one.waiting, **one.differences} for name, one in found.items()}
+        typer.echo(json.dumps(told, indent=1))
+    for name, one in {} if as_json else found.items():
+        typer.echo(f"{name}: {one.rows} rows, {one.waiting} bags waiting")
+        for kind, rows in one.differences.items():
+            for row in rows[:10]:
+                typer.echo(f"  {kind}: {row}")
+            if len(rows) > 10:
+                typer.echo(f"  {kind}: {len(rows)} in all")
+    if any(rows for one in found.values() for rows in one.differences.values()):
+        raise typer.Exit(DIFFERENT)
+
+
+@index.command(epilog="Example: keyslice index rebuild --encoder efficientnet_lite0@0123456789ab")
+def rebuild(encoder: Encoder = None) -> None:
+    """Make the index anew from the bags; searches go on with the old one until the new one is whole."""
+    import os
+    import socket
+
+    from service.indexing import rebuild_index
+    from service.storage.stores import open_stores
+
+    settings = read_settings()
+    stores = open_stores(settings)
+    for each in _encoders(encoder, stores):
+        if not rebuild_index(each, stores, settings, f"{socket.gethostname()}:{os.getpid()}"):
+            fail("another writer is at work on the index; try again later", status=1)
+        row = stores.indexes.get(each)
+        typer.echo(f"{each}: {stores.indexes.rows(each)} rows in {row.table_name if row else 'no table'}")
+
+
+def _encoders(encoder: str | None, stores: Any) -> list[str]:
+    known = stores.indexes.encoders()
+    if encoder is not None and encoder not in known:
+        fail(f"nothing is embedded by {encoder!r}; embedded by {', '.join(known) or 'none'}")
+    return [encoder] if encoder else known
+
+
+def _columns(each: dict[str, Any]) -> list[Any]:
+    effort = each["effort"] and f"nprobes {each['effort']['nprobes']}, refine {each['effort']['refine']}"
+    megabytes = round(each["bytes"] / 1e6, 1)
+    return [
+        each["encoder_id"] + (" (broken)" if each["broken"] else ""),
+        each["series"],
+        each["rows"],
+        each["waiting"],
+        megabytes,
+        each["built_rows"],
+        each["recall"] if each["recall"] is None else f"{each['recall']:.3f}",
+        effort,
+    ]
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else str(value)
