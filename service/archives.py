@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from models.ct.nifti import is_nifti
 from service.errors import BadArchive, UploadTooLarge
 from service.uploads import StagedFile
 
@@ -43,14 +44,18 @@ def unpacked(staged: StagedFile, folder: Path, max_files: int, max_expansion: fl
 
     Archives inside archives are not opened. Raises BadArchive or UploadTooLarge.
     """
-    size = staged.path.stat().st_size
-    budget = Budget(max_files, max(EXPANSION_FLOOR_BYTES, int(size * max_expansion)))
+    budget = Budget(max_files, most_expanded(staged.path, max_expansion))
     if zipfile.is_zipfile(staged.path) or _starts_like_zip(staged.path):
         yield from _members(_zip_members(staged.path), folder, budget)
-    elif _is_tar(staged.path):
+    elif not is_nifti(staged.path) and _is_tar(staged.path):
         yield from _members(_tar_members(staged.path), folder, budget)
     else:
         yield staged
+
+
+def most_expanded(path: Path, max_expansion: float) -> int:
+    """Bytes that the file may become."""
+    return max(EXPANSION_FLOOR_BYTES, int(path.stat().st_size * max_expansion))
 
 
 def _members(members: Iterator[tuple[str, IO[bytes]]], folder: Path, budget: Budget) -> Iterator[StagedFile]:

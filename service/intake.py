@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.ct.nifti import UnusableNifti, is_nifti, nifti_slices
 from models.ct.screening import Reason, SetAside, screened_header
 from service.about import about_series
-from service.archives import unpacked
+from service.archives import most_expanded, unpacked
 from service.errors import NothingUsable
 from service.settings import Settings
 from service.storage.catalog import Arrival, Quiet
@@ -46,13 +47,22 @@ class Intake:
     job_id: str = ""  # of an upload
 
 
-def take_in(files: Iterable[StagedFile], folder: Path, encoder_id: str, stores: Stores, settings: Settings) -> Intake:
+def take_in(
+    files: Iterable[StagedFile],
+    folder: Path,
+    encoder_id: str,
+    stores: Stores,
+    settings: Settings,
+    patient_id: str = "",
+) -> Intake:
     """Archive every axial CT slice among the files and ask for its series' embeddings.
+
+    A NIfTI volume becomes a series of such slices; `patient_id` is whose it is.
 
     Everything is unpacked and screened before the first file is archived, so a bad upload leaves
     nothing behind. Raises BadArchive, UploadTooLarge, or NothingUsable with what was found.
     """
-    every = _all_files(files, folder, settings)
+    every = _all_files(files, folder, settings, patient_id)
     groups, set_aside = _group(every, stores)
     if not groups:
         found = [vars(each) for each in set_aside[:SHOWN_WHEN_NOTHING_USABLE]]
@@ -74,18 +84,41 @@ def collect(files: Iterable[StagedFile], encoder_id: str, stores: Stores, settin
     return Intake(groups, set_aside)
 
 
-def _all_files(files: Iterable[StagedFile], folder: Path, settings: Settings) -> Iterator[StagedFile]:
+def _all_files(
+    files: Iterable[StagedFile], folder: Path, settings: Settings, patient_id: str
+) -> Iterator[StagedFile | NamedSetAside]:
     for number, staged in enumerate(files):
         inside = folder / f"unpacked-{number}"
         inside.mkdir()
-        yield from unpacked(staged, inside, settings.max_upload_files, settings.max_expansion)
+        for file in unpacked(staged, inside, settings.max_upload_files, settings.max_expansion):
+            if is_nifti(file.path):
+                yield from _nifti(file, inside, settings, patient_id)
+            else:
+                yield file
 
 
-def _group(files: Iterable[StagedFile], stores: Stores) -> tuple[list[SeriesIntake], list[NamedSetAside]]:
+def _nifti(file: StagedFile, folder: Path, settings: Settings, patient_id: str) -> Iterator[StagedFile | NamedSetAside]:
+    """The volume's slices, under the volume's name. Whatever it takes of the disk goes when the upload ends."""
+    slices = folder / f"nifti-{file.path.name}"
+    slices.mkdir()
+    try:
+        for path in nifti_slices(file.path, slices, patient_id, most_expanded(file.path, settings.max_expansion)):
+            yield StagedFile(path, file.name)
+    except UnusableNifti as error:
+        yield NamedSetAside(file.name, error.reason, str(error))
+    file.path.unlink()
+
+
+def _group(
+    files: Iterable[StagedFile | NamedSetAside], stores: Stores
+) -> tuple[list[SeriesIntake], list[NamedSetAside]]:
     """Usable slices by series; a file set aside goes with its series where that has usable slices."""
     groups: dict[str, SeriesIntake] = {}
     aside: dict[str, list[NamedSetAside]] = defaultdict(list)
     for file in files:
+        if isinstance(file, NamedSetAside):
+            aside[""].append(file)
+            continue
         header = screened_header(file.path)
         if isinstance(header, SetAside):
             aside[header.series_uid].append(NamedSetAside(file.name, header.reason, header.detail))

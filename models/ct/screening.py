@@ -49,6 +49,7 @@ class Reason(StrEnum):
     NOT_CT = "not_ct"
     INVALID_UID = "invalid_uid"
     MULTIFRAME = "multiframe"
+    NOT_A_VOLUME = "not_a_volume"
     NOT_HU = "not_hu"
     LOCALIZER = "localizer"
     SECONDARY_CAPTURE = "secondary_capture"

@@ -13,9 +13,11 @@ from pydicom.dataset import FileDataset
 
 from models.ct.decode import DECODERS, JPEG_12_BITS
 from models.ct.header import texts
+from models.ct.nifti import nifti_range
 from models.ct.screening import SetAside, numbers, screened_headers, slice_normal, tilt_degrees
 from models.ct.stack import MISSING, UNEVEN, one_stack
 
+NO_AIR_HU = -200.0  # a CT that was not cropped within the body holds values below: air, and fat nearly
 MOST_NAMED = 20  # positions in a finding
 TILTED_DEGREES = 1.0  # below it, header rounding
 
@@ -47,6 +49,7 @@ class CTSlice:
     instance: int
     decoder: str
     lossy: bool
+    nifti_range: tuple[float, float] | None  # lowest and highest value of the NIfTI volume it was made from
 
 
 class Status(StrEnum):
@@ -142,10 +145,20 @@ class CTSeries:
         if unplaced := sum(each.placed_by_location for each in self.slices):
             found = {"slices": unplaced, "assumed": "SliceLocation is the position, growing towards the head"}
             yield Finding("position_assumed", found)
+        yield from self._nifti_findings()
         if unspecified := sum(each.unit == UNSPECIFIED for each in self.slices):
             yield Finding("unit_unspecified", {"slices": unspecified, "assumed": "HU"})
         if lossy := sum(each.lossy for each in self.slices):
             yield Finding("lossy_source", {"slices": lossy})
+
+    def _nifti_findings(self) -> Iterable[Finding]:
+        ranges = [each.nifti_range for each in self.slices if each.nifti_range is not None]
+        if not ranges:
+            return
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        yield Finding("nifti_hu_assumed", {"slices": len(ranges), "from": low, "to": high})
+        if low > NO_AIR_HU:
+            yield Finding("nifti_unlike_hu", {"from": low, "expected": f"values below {NO_AIR_HU:g}, as air has"})
 
 
 def read_series(paths: Iterable[Path]) -> CTSeries:
@@ -209,6 +222,7 @@ def slice_of(path: Path, header: FileDataset, frame: int | None = None) -> CTSli
         acquisition=_integer(header, "AcquisitionNumber"),
         instance=_integer(header, "InstanceNumber"),
         decoder=DECODERS[syntax],
+        nifti_range=nifti_range(str(header.get("DerivationDescription") or "")),
         lossy=str(header.get("LossyImageCompression", "")) == "01" or syntax in LOSSY_SYNTAXES,
     )
 

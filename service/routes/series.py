@@ -36,7 +36,7 @@ UPLOAD_BODY = {
                         FIELD: {
                             "type": "array",
                             "items": {"type": "string", "format": "binary"},
-                            "description": "DICOM files, or zip, tar, tar.gz, tar.xz archives of them",
+                            "description": "DICOM files or NIfTI volumes, or zip, tar, tar.gz, tar.xz archives of them",
                         }
                     },
                 }
@@ -54,8 +54,11 @@ async def post_series(
     queue: QueueDep,
     encoders: EncodersDep,
     encoder: Annotated[Text | None, Query(description="name; the service's own where unset")] = None,
+    patient_id: Annotated[
+        str, Query(max_length=64, pattern=r"^[^\\\x00-\x1f]*$", description="of NIfTI volumes, which name no patient")
+    ] = "",
 ) -> UploadReceived:
-    """Take DICOM series in and embed them. The same upload again changes nothing."""
+    """Take DICOM series and NIfTI volumes in and embed them. The same upload again changes nothing."""
     encoder_id = encoders.id(encoder)
     with staging(settings.staging_dir) as folder:
         files = await receive_files(
@@ -65,7 +68,7 @@ async def post_series(
             max_bytes=settings.max_upload_bytes,
             max_files=settings.max_upload_files,
         )
-        intake = await run_in_threadpool(take_in, files, folder, encoder_id, stores, settings)
+        intake = await run_in_threadpool(take_in, files, folder, encoder_id, stores, settings, patient_id)
     return await run_in_threadpool(_ask, intake, stores, queue)
 
 
