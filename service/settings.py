@@ -1,13 +1,16 @@
 """Every environment variable that Keyslice reads, with its unit and default."""
 
+import ipaddress
+import re
 from pathlib import Path
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from models.modes import Mode
+from models.modes import Mode, in_mode
+from models.specs import MissingWeights, encoder_id
 from models.zoo import DEFAULT_ENCODER, encoders
-from service.dicom_out.peers import parse_peers
+from service.dicom_out.peers import AE_TITLE, parse_peers
 
 
 class Settings(BaseSettings):
@@ -55,6 +58,22 @@ class Settings(BaseSettings):
         description="where DICOM may be sent: STOW-RS URLs and dicom://TITLE@host:port, between commas",
     )
 
+    receive_port: int | None = Field(
+        None, ge=1, le=65535, description="port of the C-STORE receiver; unset, `keyslice up` starts none"
+    )
+    receive_host: str = Field("127.0.0.1", description="address that the C-STORE receiver listens on")
+    receive_aet: str = Field("KEYSLICE", pattern=AE_TITLE, description="AE title that senders must call")
+    receive_associations: int = Field(10, gt=0, description="associations that the receiver holds at once")
+    receive_silent_seconds: float = Field(60.0, gt=0, description="silence after which a sender is cut off")
+    calling_aets: str = Field(
+        "",
+        validate_default=True,
+        description="AE titles that may send by C-STORE, between commas; any if none, on loopback only",
+    )
+    min_free_bytes: int = Field(
+        2 * 2**30, ge=0, description="free bytes on the data directory's disk below which the receiver refuses"
+    )
+
     sweep_seconds: float = Field(5.0, gt=0, description="how often work whose message was lost is looked for")
     stale_seconds: float = Field(15.0, gt=0, description="silence after which a worker counts as dead")
     max_attempts: int = Field(3, gt=0, description="attempts at one series or head before it counts as failed")
@@ -77,6 +96,19 @@ class Settings(BaseSettings):
         parse_peers(peers)
         return peers
 
+    @field_validator("calling_aets")
+    @classmethod
+    def _named_callers(cls, titles: str, earlier: ValidationInfo) -> str:
+        named = parse_titles(titles)
+        if wrong := [title for title in named if not re.match(AE_TITLE, title)]:
+            raise ValueError(f"{wrong[0]!r} is no AE title")
+        host = earlier.data.get("receive_host", "127.0.0.1")
+        if earlier.data.get("receive_port") and not is_loopback(host) and not named:
+            raise ValueError(
+                f"KEYSLICE_RECEIVE_HOST is {host}, expected a loopback address or the titles that may call"
+            )
+        return titles
+
     @property
     def catalog_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'catalog.db'}"
@@ -89,6 +121,25 @@ class Settings(BaseSettings):
     def staging_dir(self) -> Path:
         """Uploads on their way in: below data_dir, so that a file moves into the archive without a copy."""
         return self.data_dir / "staging"
+
+    def own_encoder_id(self) -> str:
+        """The id of the service's encoder, run as its mode says. Raises MissingWeights or WrongWeights."""
+        plain = encoders(self.weights_path).get(self.encoder)
+        if plain is None:  # an export was there at the start
+            raise MissingWeights(f"{self.encoder} is no longer in the weights directory")
+        return encoder_id(in_mode(plain, self.mode, self.weights_path), self.weights_path)
+
+
+def parse_titles(titles: str) -> list[str]:
+    """The AE titles of KEYSLICE_CALLING_AETS, which stand between commas."""
+    return [title.strip() for title in titles.split(",") if title.strip()]
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _weights_path(data_dir: Path, weights_dir: Path | None) -> Path:

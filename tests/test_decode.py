@@ -161,6 +161,16 @@ def test_a_decoder_that_panics_makes_the_slice_undecodable(data):
         decoded_hu(dataset)
 
 
+@pytest.mark.parametrize(("allocated", "stored"), [(64, 16), (16, 17), (16, 0), (12, 12)])
+def test_bits_that_no_ct_has_are_undecodable_and_take_no_process_down(data, allocated, stored):
+    name = "CTImage.dcm_JPEGProcess14TransferSyntax_1.2.840.10008.1.2.4.57.dcm"
+    dataset = pydicom.dcmread(data / "oddities" / "cornerstone" / name)
+    dataset.BitsAllocated, dataset.BitsStored = allocated, stored
+
+    with pytest.raises(UndecodableSlice, match="bits, expected 1 to 8, 16 or 32"):
+        decoded_hu(dataset)
+
+
 def test_several_frames_are_no_slice(tmp_path):
     def change(dataset):
         dataset.NumberOfFrames = 2

@@ -10,8 +10,8 @@ from models.ct.slices import prepare_slice
 from models.ct.volume import prepare_volume
 from models.line import Line
 from models.load import load_encoder
-from models.modes import by_id, in_mode
-from models.specs import EncoderSpec, MissingWeights, WrongWeights, check_licence, encoder_id
+from models.modes import by_id
+from models.specs import EncoderSpec, WrongWeights, check_licence
 from models.zoo import encoders
 from service.settings import Settings
 from service.storage.stores import Stores, open_stores
@@ -53,11 +53,7 @@ class Resources:
 
     def own_encoder_id(self) -> str:
         """The id of the service's encoder, run as its mode says. Raises MissingWeights or WrongWeights."""
-        name, weights = self.settings.encoder, self.settings.weights_path
-        plain = encoders(weights).get(name)
-        if plain is None:  # an export was there at the start
-            raise MissingWeights(f"{name} is no longer in the weights directory")
-        return encoder_id(in_mode(plain, self.settings.mode, weights), weights)
+        return self.settings.own_encoder_id()
 
     def close(self) -> None:
         for line in self._lines.values():

@@ -45,6 +45,8 @@ DECODERS: dict[str, str] = {
 
 END_OF_IMAGE = b"\xff\xd9"  # ITU-T T.87 C.1.1
 
+BITS = (8, 16, 32)  # allocated, of CT
+
 # Larger than any scanner writes; a few header bytes must not be able to ask for gigabytes.
 MAX_PIXELS = 4096 * 4096
 
@@ -92,6 +94,9 @@ def _hu(dataset: FileDataset) -> NDArray[np.float32]:
         raise UndecodableSlice(f"{dataset.Rows} x {dataset.Columns} pixels, expected at most {MAX_PIXELS}")
     if (decoder := DECODERS.get(syntax)) is None:
         raise UndecodableSlice(f"no decoder for transfer syntax {syntax}")
+    if dataset.BitsAllocated not in BITS or not 0 < dataset.BitsStored <= dataset.BitsAllocated:
+        # GDCM would take the whole process down over others.
+        raise UndecodableSlice(f"{dataset.BitsStored} of {dataset.BitsAllocated} bits, expected 1 to 8, 16 or 32")
     if decoder != NATIVE and syntax != uid.RLELossless:
         _check_frame(dataset)
     if decoder == "pyjpegls" and not _frame(dataset).rstrip(b"\0").endswith(END_OF_IMAGE):
