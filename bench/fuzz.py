@@ -32,7 +32,7 @@ from rich.table import Table
 from bench.memory import peak_mb
 from bench.mutations import MUTATIONS, Original, spliced
 from models.ct.processes import Processes, Slots
-from models.ct.screening import SetAside, screened_header
+from models.ct.screening import Frames, SetAside, screened_header, screened_headers
 from models.ct.slices import prepare_slice
 from models.ct.windows import ABDOMEN, LUNG
 from service.about import about_series
@@ -40,6 +40,7 @@ from service.about import about_series
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 HANG_SECONDS = 5.0
 MB_AT_MOST = 1000  # of a decoding process
+FRAMES = 4  # of a multi-frame file
 SLOW_SECONDS = 1.0
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
 SHOWN = 20  # errors
@@ -140,7 +141,11 @@ def examine(path: Path, out: NDArray[np.float32]) -> Examined:
     said: Any = screened_header(path)
     if not isinstance(said, SetAside):
         about_series(path)
+        screened_headers(path)
         said = prepare_slice(path, out, WINDOWS, SIZE)
+    if isinstance(said, Frames):
+        every = [prepare_slice((path, number), out, WINDOWS, SIZE) for number in range(1, min(said.count, FRAMES) + 1)]
+        said = next((each for each in every if isinstance(each, SetAside)), said)
     return Examined(said, time.perf_counter() - started, peak_mb())
 
 

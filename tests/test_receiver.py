@@ -23,6 +23,8 @@ from conftest import missing
 from pydantic import ValidationError
 from pydicom import uid
 from pynetdicom import AE
+from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.dsutils import encode
 from synthetic import write_ct, write_slice
 
 from models.ct.decode import read_hu
@@ -40,10 +42,7 @@ CORNERSTONE = "CTImage.dcm_"
 SYNTAXES = {  # of the files below oddities/cornerstone, with the option that has storescu propose it
     "BigEndianExplicitTransferSyntax_1.2.840.10008.1.2.2": "-xb",
     "DeflatedExplicitVRLittleEndianTransferSyntax_1.2.840.10008.1.2.1.99": "-xd",
-    "JPEG2000LosslessOnlyTransferSyntax_1.2.840.10008.1.2.4.90": "-xv",
-    "JPEG2000TransferSyntax_1.2.840.10008.1.2.4.91": "-xw",
     "JPEGLSLosslessTransferSyntax_1.2.840.10008.1.2.4.80": "-xt",
-    "JPEGLSLossyTransferSyntax_1.2.840.10008.1.2.4.81": "-xu",
     "JPEGProcess14SV1TransferSyntax_1.2.840.10008.1.2.4.70": "-xs",
     "JPEGProcess1TransferSyntax_1.2.840.10008.1.2.4.50": "-xy",
     "LittleEndianExplicitTransferSyntax_1.2.840.10008.1.2.1": "-x=",
@@ -174,6 +173,41 @@ def test_a_slice_keeps_its_transfer_syntax_and_pixels(tmp_path, plain_stores, da
     np.testing.assert_array_equal(read_hu(stored), read_hu(path))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [  # three whose pixels end at an odd byte, which storescu does not read, and what it has no option for
+        "JPEG2000LosslessOnlyTransferSyntax_1.2.840.10008.1.2.4.90",
+        "JPEG2000TransferSyntax_1.2.840.10008.1.2.4.91",
+        "JPEGLSLossyTransferSyntax_1.2.840.10008.1.2.4.81",
+        "JPEGProcess14TransferSyntax_1.2.840.10008.1.2.4.57",
+        "JPEGProcess2_4TransferSyntax_1.2.840.10008.1.2.4.51",
+    ],
+)
+def test_a_syntax_that_storescu_cannot_send_comes_from_another_sender(tmp_path, plain_stores, data, name):
+    settings, path = settings_in(tmp_path), data / "oddities" / "cornerstone" / f"{CORNERSTONE}{name}.dcm"
+    dataset = pydicom.dcmread(path)
+    with receiving(settings, plain_stores):
+        entity = AE("TESTER")
+        entity.add_requested_context(dataset.SOPClassUID, dataset.file_meta.TransferSyntaxUID)
+        association = entity.associate("127.0.0.1", settings.receive_port, ae_title="KEYSLICE")
+        assert association.send_c_store(dataset).Status == 0
+        association.release()
+
+    stored = place(path, plain_stores)
+    assert pydicom.dcmread(stored).file_meta.TransferSyntaxUID == dataset.file_meta.TransferSyntaxUID
+    np.testing.assert_array_equal(read_hu(stored), read_hu(path))
+
+
+def test_an_enhanced_ct_is_kept_as_one_instance(tmp_path, plain_stores, data):
+    settings, path = settings_in(tmp_path), data / "oddities" / "pydicom" / "eCT_Supplemental.dcm"
+    with receiving(settings, plain_stores):
+        sent = storescu(settings.receive_port, [path])
+
+    assert sent.returncode == 0, sent.stderr
+    stored = place(path, plain_stores)
+    np.testing.assert_array_equal(read_hu(stored, frame=2), read_hu(path, frame=2))
+
+
 @pytest.mark.parametrize(("tool", "option"), [("dcmcjpeg", "-xs"), ("dcmcjpls", "-xt"), ("dcmcrle", "-xr")])
 def test_what_dcmtk_compresses_comes_back_to_the_last_bit(tmp_path, plain_stores, lidc_0001, tool, option):
     settings, compressed = settings_in(tmp_path), tmp_path / "compressed.dcm"
@@ -241,16 +275,12 @@ def test_what_is_set_aside_is_refused_with_its_reason_and_leaves_nothing(
 
 def test_success_is_never_said_of_another_instance_than_was_named(tmp_path, settings, plain_stores):
     dataset = pydicom.dcmread(write_slice(tmp_path / "ct"))
-    inside = dataset.SOPInstanceUID
     with receiving(settings, plain_stores):
         association = associated(settings)
         context = association.accepted_contexts[0]
-        from pynetdicom.dimse_primitives import C_STORE
-        from pynetdicom.dsutils import encode
-
         request = C_STORE()
         request.MessageID, request.Priority = 1, 2
-        request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = dataset.SOPClassUID, f"{inside}.1"
+        request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = dataset.SOPClassUID, "1.2.3.4"
         syntax = context.transfer_syntax[0]
         request.DataSet = io.BytesIO(encode(dataset, syntax.is_implicit_VR, syntax.is_little_endian))
         association.dimse.send_msg(request, context.context_id)
@@ -411,7 +441,7 @@ def test_whatever_was_acknowledged_before_a_kill_is_in_archive_and_catalog(tmp_p
     port, random = free_port(), np.random.default_rng(5)
     series_uid = str(read_header(lidc_0001[0]).SeriesInstanceUID)
     done: set[Path] = set()
-    for _ in range(6):
+    for _ in range(4):
         with command(tmp_path, port) as process:
             left = [path for path in lidc_0001 if path not in done]
             sender = subprocess.Popen(

@@ -94,9 +94,10 @@ def _hu(dataset: FileDataset) -> NDArray[np.float32]:
         raise UndecodableSlice(f"{dataset.Rows} x {dataset.Columns} pixels, expected at most {MAX_PIXELS}")
     if (decoder := DECODERS.get(syntax)) is None:
         raise UndecodableSlice(f"no decoder for transfer syntax {syntax}")
-    if dataset.BitsAllocated not in BITS or not 0 < dataset.BitsStored <= dataset.BitsAllocated:
+    allocated = dataset.BitsAllocated
+    if allocated not in BITS or not 0 < (dataset.get("BitsStored") or allocated) <= allocated:
         # GDCM would take the whole process down over others.
-        raise UndecodableSlice(f"{dataset.BitsStored} of {dataset.BitsAllocated} bits, expected 1 to 8, 16 or 32")
+        raise UndecodableSlice(f"{dataset.get('BitsStored')} of {allocated} bits, expected 1 to 8, 16 or 32")
     if decoder != NATIVE and syntax != uid.RLELossless:
         _check_frame(dataset)
     if decoder == "pyjpegls" and not _frame(dataset).rstrip(b"\0").endswith(END_OF_IMAGE):
