@@ -1,7 +1,8 @@
 """How many instances per second the C-STORE receiver takes, beside what the disk and the sender allow.
 
-Starts `keyslice receive` on a directory of its own, sends a real series with DCMTK's storescu, by one sender and by four
-at once under UIDs of their own, and writes and flushes the same files plainly in the same run. Prints a table, and as its last line JSON.
+Starts `keyslice receive` on a directory of its own, and sends a real series with DCMTK's storescu: by one sender, then
+by four at once, each under UIDs of its own. The same files are written and flushed plainly in the same run. Prints a
+table, and as its last line JSON.
 
     python bench/receive.py [SERIES]     a tar of DICOM; default: lidc-idri-0001 of ../shared/data
 """
