@@ -25,6 +25,7 @@ from service.routes import (
     embeddings,
     encoders,
     explanations,
+    features,
     heads,
     health,
     jobs,
@@ -104,6 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     mounted = (
         series,
         embeddings,
+        features,
         predictions,
         explanations,
         dicom,

@@ -11,6 +11,7 @@ from models.heads.options import Baseline, HeadOptions, Network, Protocol, Task
 from models.modes import COSINE, Mode, in_mode
 from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence
 from models.zoo import encoders as all_encoders
+from service.commands.features import features
 from service.commands.index import index
 from service.commands.receive import receive
 from service.settings import Settings
@@ -25,6 +26,7 @@ app.add_typer(encoders, name="encoders")
 heads = typer.Typer(help="List the running service's heads, promote a version.")
 app.add_typer(heads, name="heads")
 app.add_typer(index, name="index")
+app.add_typer(features, name="features")
 
 
 @app.command(epilog="Example: KEYSLICE_PORT=9000 keyslice up")

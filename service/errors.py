@@ -4,7 +4,8 @@ KeysliceError
 ├── NotFound
 │   ├── SeriesNotFound, PatientNotFound, StudyNotFound, SliceNotFound
 │   ├── EncoderNotFound, WindowNotFound, LabelNotFound
-│   └── HeadNotFound, JobNotFound, PredictionNotFound
+│   ├── HeadNotFound, JobNotFound, PredictionNotFound
+│   └── EmptyCohort
 ├── BadRequest
 │   ├── BadUpload            EmptyUpload, BadArchive, NothingUsable, UploadTooLarge
 │   ├── BadLabels
@@ -73,6 +74,10 @@ class JobNotFound(NotFound):
 
 class PredictionNotFound(NotFound):
     """No prediction of this id was given."""
+
+
+class EmptyCohort(NotFound):
+    """No embedded series meets the filter."""
 
 
 class BadRequest(KeysliceError):

@@ -22,22 +22,23 @@ def read_settings() -> Settings:
         fail("\n".join(lines))
 
 
-def console() -> Console:
-    """As wide as the terminal; in a pipe, wide enough for any table."""
-    return Console(width=None if sys.stdout.isatty() else 200)
+def console(*, to_stderr: bool = False) -> Console:
+    """As wide as the terminal; in a pipe, wide enough for any table. Progress beside a file or JSON goes to stderr."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    return Console(width=None if stream.isatty() else 200, stderr=to_stderr)
 
 
 def asked(service: str | None, question: Callable[[Any], Any]) -> Any:
     """What the running service answers to a question that takes an httpx client; the process ends where it does not."""
     import httpx
 
-    from service.training import TrainingFailed
+    from service.calling import CallFailed
 
     settings = read_settings()
     with httpx.Client(base_url=service or f"http://{settings.host}:{settings.port}") as http:
         try:
             return question(http)
-        except TrainingFailed as error:
+        except CallFailed as error:
             fail(str(error), status=1)
 
 

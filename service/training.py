@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from service.calling import CallFailed, call
+
 POLL_SECONDS = 0.5
-REQUEST_SECONDS = 300.0  # of one call: a table of millions of rows takes a while to match
 SHOWN = ("auroc", "auprc", "f1", "sensitivity", "brier", "ece")
 ENDED = ("done", "failed", "cancelled")
 
 
-class TrainingFailed(Exception):
-    """The service does not answer, refuses the table, or the training failed."""
+class TrainingFailed(CallFailed):
+    """The training ended without a head."""
 
 
 def command_of(options: Mapping[str, Any], defaults: Mapping[str, Any], table: str = "labels.csv") -> str:
@@ -42,7 +43,7 @@ def command_of(options: Mapping[str, Any], defaults: Mapping[str, Any], table: s
 def train(http: httpx.Client, labels: Path, options: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """The trained head as GET /v1/heads/{head_id} answers; progress and warnings go to the console.
 
-    Ctrl-C cancels the training. Raises TrainingFailed.
+    Ctrl-C cancels the training. Raises CallFailed.
     """
     sent = {name: value for name, value in options.items() if value not in (None, [])}
     with labels.open("rb") as table:
@@ -51,16 +52,16 @@ def train(http: httpx.Client, labels: Path, options: Mapping[str, Any], console:
             name: [_text(each) for each in value] if isinstance(value, list) else _text(value)
             for name, value in sent.items()
         }
-        accepted = _answer(http, "POST", "/v1/heads", files={"labels": (labels.name, table)}, data=fields)
+        accepted = call(http, "POST", "/v1/heads", files={"labels": (labels.name, table)}, data=fields)
     for warning in accepted["warnings"]:
         console.print(f"warning: {warning['detail']}", style="yellow")
     try:
         job = _watch(http, accepted["job_id"], console)
     except KeyboardInterrupt:
-        job = _answer(http, "POST", f"/v1/jobs/{accepted['job_id']}/cancel")
+        job = call(http, "POST", f"/v1/jobs/{accepted['job_id']}/cancel")
     if job["state"] != "done":
         raise TrainingFailed(f"head {accepted['head_id']}: {job['error'] or job['state']}")
-    return _answer(http, "GET", f"/v1/heads/{accepted['head_id']}")
+    return call(http, "GET", f"/v1/heads/{accepted['head_id']}")
 
 
 def show(head: Mapping[str, Any], console: Console) -> None:
@@ -85,18 +86,18 @@ def show(head: Mapping[str, Any], console: Console) -> None:
 
 
 def list_heads(http: httpx.Client) -> list[dict[str, Any]]:
-    """Every head, as GET /v1/heads answers. Raises TrainingFailed."""
-    page = _answer(http, "GET", "/v1/heads")
+    """Every head, as GET /v1/heads answers. Raises CallFailed."""
+    page = call(http, "GET", "/v1/heads")
     heads: list[dict[str, Any]] = page["heads"]
     while page["next_cursor"]:
-        page = _answer(http, "GET", "/v1/heads", params={"cursor": page["next_cursor"]})
+        page = call(http, "GET", "/v1/heads", params={"cursor": page["next_cursor"]})
         heads += page["heads"]
     return heads
 
 
 def promote(http: httpx.Client, reference: str) -> dict[str, Any]:
-    """The head that its name alone means from now on. Raises TrainingFailed."""
-    return _answer(http, "POST", f"/v1/heads/{quote(reference, safe='@')}/promote")
+    """The head that its name alone means from now on. Raises CallFailed."""
+    return call(http, "POST", f"/v1/heads/{quote(reference, safe='@')}/promote")
 
 
 def heads_table(heads: list[dict[str, Any]]) -> Table:
@@ -126,26 +127,11 @@ def _watch(http: httpx.Client, job_id: str, console: Console) -> dict[str, Any]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("epochs", total=None)
         while True:
-            job = _answer(http, "GET", f"/v1/jobs/{job_id}")
+            job = call(http, "GET", f"/v1/jobs/{job_id}")
             progress.update(task, completed=job["done"], total=job["known"] or None)
             if job["state"] in ENDED:
                 return job
             time.sleep(POLL_SECONDS)
-
-
-def _answer(http: httpx.Client, method: str, path: str, **content: Any) -> dict[str, Any]:
-    try:
-        response = http.request(method, path, timeout=REQUEST_SECONDS, **content)
-        answer: dict[str, Any] = response.json()
-    except httpx.TransportError as error:
-        raise TrainingFailed(
-            f"no service answers at {http.base_url}: {type(error).__name__}; start `keyslice up`"
-        ) from error
-    except ValueError as error:
-        raise TrainingFailed(f"what answers at {http.base_url} is no Keyslice service") from error
-    if response.is_error:
-        raise TrainingFailed(f"{response.status_code}: {answer.get('detail')}")
-    return answer
 
 
 def _named(head: Mapping[str, Any]) -> str:

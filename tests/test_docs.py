@@ -1,6 +1,7 @@
 """Every setting, route, reason and file the docs speak of is there, and the other way round."""
 
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,31 @@ def test_numpy_reads_a_bag_by_the_docs_own_lines(tmp_path):
     exec(lines, names)
 
     assert np.array_equal(names["embeddings"], stored)
+
+
+def test_each_format_of_features_is_read_by_the_docs_own_lines(tmp_path, monkeypatch):
+    import numpy as np
+
+    from service.features.bags import FeatureBag
+    from service.features.formats import FORMATS
+
+    vectors = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float16)
+    receipt = {"sop_uids": ["1", "2", "3"], "z_mm": [0.0, 2.5, 5.0], "geometry": {"slice_spacing_mm": 2.5}}
+    bag = FeatureBag("1.2.3", "1.2", "p", "CHEST", "GE", "A1", "STD", ["abdomen", "lung"], vectors, receipt)
+    about = {"encoder_id": "toy@0", "windows": ["abdomen", "lung"], "dim": 4}
+    for form in FORMATS.values():
+        (tmp_path / f"cohort{form.suffix}").write_bytes(b"".join(form.write([bag], about, 4, tmp_path)))
+    zipfile.ZipFile(tmp_path / "cohort.zip").extractall(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    found = []
+    for lines in re.findall(r"```python\n(.*?)```", (ROOT / "docs/features.md").read_text(), re.DOTALL):
+        names: dict = {}
+        exec(lines, names)
+        found.append(next(names[name] for name in ("vectors", "lung", "embeddings") if name in names))
+
+    assert len(found) == len(FORMATS)
+    for each in found[:3]:
+        np.testing.assert_array_equal(each, vectors.reshape(-1, 4))
+    np.testing.assert_array_equal(found[3], vectors[:, 1])
+    np.testing.assert_array_equal(found[4], vectors)

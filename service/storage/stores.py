@@ -7,6 +7,7 @@ from service.storage.archive import Archive
 from service.storage.bags import Bags
 from service.storage.canaries import Canaries
 from service.storage.catalog import Catalog
+from service.storage.cohorts import Cohorts
 from service.storage.database import Database, upgrade
 from service.storage.figures import Figures
 from service.storage.heads import Heads
@@ -28,6 +29,7 @@ class Stores:
     indexes: Indexes
     database: Database
     catalog: Catalog
+    cohorts: Cohorts
     heads: Heads
     predictions: Predictions
     leases: Leases
@@ -56,6 +58,7 @@ def open_stores(settings: Settings) -> Stores:
         indexes=Indexes(database),
         database=database,
         catalog=Catalog(database, archive),
+        cohorts=Cohorts(database),
         heads=Heads(database),
         predictions=Predictions(database),
         leases=Leases(database),

@@ -1,0 +1,129 @@
+"""SQL: the committed embeddings of a cohort, by what the catalog knows of their series."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sqlalchemy import Select, func, or_, select
+
+from service.storage.database import Database
+from service.storage.keys import EmbeddingKey
+from service.storage.tables import EmbeddingRow, PatientRow, SeriesRow
+
+PAGE = 500  # series of one query
+MODEL = "00081090"  # ManufacturerModelName, as SeriesRow.header names it
+
+
+@dataclass(frozen=True)
+class CohortFilter:
+    """Every condition that is set must hold."""
+
+    patient_id: tuple[str, ...] = ()
+    study_uid: tuple[str, ...] = ()
+    series_uid: tuple[str, ...] = ()
+    date_from: str | None = None  # YYYYMMDD, of the study
+    date_to: str | None = None  # YYYYMMDD, that day included
+    modality: str | None = None
+    body_part: str | None = None
+    manufacturer: str | None = None
+    kernel: str | None = None
+    verdict: str | None = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A series of a cohort and the bag of it that counts."""
+
+    key: EmbeddingKey
+    content: str
+    slices: int
+    study_uid: str
+    patient_key: str
+    patient_id: str
+    body_part: str
+    manufacturer: str
+    model: str
+    kernel: str
+
+
+class Cohorts:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def size(self, chosen: CohortFilter, encoder_id: str) -> tuple[int, int]:
+        """How many series, and slices of them, are embedded."""
+        query = _chosen(chosen, encoder_id).with_only_columns(func.count(), func.sum(EmbeddingRow.slices))
+        with self._database.read() as session:
+            series, slices = session.execute(query).one()
+        return series, int(slices or 0)
+
+    def members(self, chosen: CohortFilter, encoder_id: str) -> Iterator[Member]:
+        """In the order of their UIDs, some at a time: no transaction stays open while their bags are read."""
+        after = ""
+        while page := self._page(chosen, encoder_id, after):
+            yield from page
+            after = page[-1].key.series_uid
+
+    def member(self, key: EmbeddingKey) -> Member | None:
+        """As it is now."""
+        found = self._page(CohortFilter(series_uid=(key.series_uid,)), key.encoder_id, "")
+        return found[0] if found else None
+
+    def _page(self, chosen: CohortFilter, encoder_id: str, after: str) -> list[Member]:
+        query = _chosen(chosen, encoder_id).where(SeriesRow.series_uid > after)
+        with self._database.read() as session:
+            rows = session.execute(query.order_by(SeriesRow.series_uid).limit(PAGE)).all()
+        return [
+            Member(
+                key=EmbeddingKey(series.series_uid, encoder_id),
+                content=embedding.content or "",
+                slices=embedding.slices or 0,
+                study_uid=series.study_uid,
+                patient_key=series.patient_key,
+                patient_id=series.patient_id,
+                body_part=series.body_part,
+                manufacturer=series.manufacturer,
+                model=model_of(series),
+                kernel=series.kernel,
+            )
+            for series, embedding in rows
+        ]
+
+
+def model_of(series: SeriesRow) -> str:
+    """The scanner's model, as its header says; empty where it says none."""
+    values = (series.header or {}).get(MODEL, {}).get("Value") or [""]
+    return str(values[0] or "")
+
+
+def _chosen(chosen: CohortFilter, encoder_id: str) -> Select[SeriesRow, EmbeddingRow]:
+    embedded = (EmbeddingRow.series_uid == SeriesRow.series_uid) & (EmbeddingRow.encoder_id == encoder_id)
+    query = (
+        select(SeriesRow, EmbeddingRow)
+        .join(EmbeddingRow, embedded)
+        .join(PatientRow, PatientRow.patient_key == SeriesRow.patient_key)
+        .where(EmbeddingRow.content.is_not(None))
+    )
+    lists = (
+        (PatientRow.patient_id, chosen.patient_id),
+        (SeriesRow.study_uid, chosen.study_uid),
+        (SeriesRow.series_uid, chosen.series_uid),
+    )
+    for column, values in lists:
+        if values:
+            query = query.where(or_(*(column.in_(values[k : k + PAGE]) for k in range(0, len(values), PAGE))))
+    texts = (
+        (SeriesRow.modality, chosen.modality),
+        (SeriesRow.body_part, chosen.body_part),
+        (SeriesRow.manufacturer, chosen.manufacturer),
+        (SeriesRow.kernel, chosen.kernel),
+    )
+    for text_column, text in texts:
+        if text is not None:
+            query = query.where(func.upper(text_column) == text.upper())
+    if chosen.date_from is not None:
+        query = query.where(SeriesRow.study_date >= chosen.date_from)
+    if chosen.date_to is not None:
+        query = query.where(SeriesRow.study_date <= chosen.date_to, SeriesRow.study_date != "")
+    if chosen.verdict is not None:
+        query = query.where(SeriesRow.verdict["status"].as_string() == chosen.verdict)
+    return query
