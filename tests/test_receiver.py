@@ -1,7 +1,6 @@
 """The C-STORE receiver against DCMTK's senders: what was answered with success is there, whatever dies."""
 
 import contextlib
-import io
 import os
 import re
 import shutil
@@ -22,9 +21,7 @@ import pytest
 from conftest import missing
 from pydantic import ValidationError
 from pydicom import uid
-from pynetdicom import AE
-from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.dsutils import encode
+from pynetdicom import AE, _config
 from synthetic import write_ct, write_slice
 
 from models.ct.decode import read_hu
@@ -35,7 +32,7 @@ from service.settings import Settings
 from service.storage.catalog import Catalog
 from service.storage.database import Database
 from service.storage.stores import Stores, open_stores
-from workers.receiver import LONGEST_PDU, Receiver
+from workers.receiver import LONGEST_PDU, OTHERWISE, Receiver
 
 SUCCESS = "Received Store Response (Success)"
 CORNERSTONE = "CTImage.dcm_"
@@ -273,21 +270,20 @@ def test_what_is_set_aside_is_refused_with_its_reason_and_leaves_nothing(
     assert left_behind(settings) == []
 
 
-def test_success_is_never_said_of_another_instance_than_was_named(tmp_path, settings, plain_stores):
-    dataset = pydicom.dcmread(write_slice(tmp_path / "ct"))
+def test_success_is_never_said_of_another_instance_than_was_named(tmp_path, settings, plain_stores, monkeypatch):
+    path = write_slice(tmp_path / "ct")
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"  # by which a sender that does not look inside names it
+    pydicom.dcmwrite(path, dataset, enforce_file_format=False)
+    monkeypatch.setattr(_config, "STORE_SEND_CHUNKED_DATASET", True)
     with receiving(settings, plain_stores):
-        association = associated(settings)
-        context = association.accepted_contexts[0]
-        request = C_STORE()
-        request.MessageID, request.Priority = 1, 2
-        request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = dataset.SOPClassUID, "1.2.3.4"
-        syntax = context.transfer_syntax[0]
-        request.DataSet = io.BytesIO(encode(dataset, syntax.is_implicit_VR, syntax.is_little_endian))
-        association.dimse.send_msg(request, context.context_id)
-        _, answer = association.dimse.get_msg(block=True)
-        association.abort()
+        entity = AE("TESTER")
+        entity.add_requested_context(uid.CTImageStorage, dataset.file_meta.TransferSyntaxUID)
+        association = entity.associate("127.0.0.1", settings.receive_port, ae_title="KEYSLICE")
+        answer = association.send_c_store(path)
+        association.release()
 
-    assert answer.Status == 0xA900
+    assert (answer.Status, answer.ErrorComment) == (0xA900, OTHERWISE)
     assert list((settings.data_dir / "archive").iterdir()) == []
 
 

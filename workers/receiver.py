@@ -46,6 +46,8 @@ OUT_OF_RESOURCES = 0xA700
 DOES_NOT_MATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 
+OTHERWISE = "the data set has another SOPInstanceUID than the request"
+
 # What is told of a file that is set aside; of the other reasons, that it cannot be understood.
 STATUSES = {
     Reason.MULTIFRAME: SOP_CLASS_NOT_SUPPORTED,
@@ -182,7 +184,7 @@ class Receiver:
         if shutil.disk_usage(settings.data_dir).free < settings.min_free_bytes:
             return OUT_OF_RESOURCES, "the disk is nearly full"
         if _named_otherwise(path, str(event.request.AffectedSOPInstanceUID)):  # type: ignore[union-attr]
-            return DOES_NOT_MATCH, "the data set has another SOPInstanceUID than the request"
+            return DOES_NOT_MATCH, OTHERWISE
         intake = collect([StagedFile(path, "")], settings.own_encoder_id(), self._stores, settings)
         for aside in [*intake.set_aside, *(each for series in intake.series for each in series.set_aside)]:
             return _refusal(aside)
