@@ -1,12 +1,12 @@
 """What a slice's header says of its patient, study and series: as QIDO-RS answers it, and as a search asks for it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydicom.dataset import Dataset, FileDataset
+from pydicom.dataset import FileDataset
 
 from models.ct.header import read_header, texts
+from service.dicom_json import to_json
 
 # Attributes of studies and series (PS3.18 tables 10.6.3-3 and 10.6.3-4), and what tells one CT series from another.
 SAID = [
@@ -47,7 +47,7 @@ def about_series(path: Path) -> dict[str, Any]:
     """Columns of SeriesRow, from the header of one of the series' slices. A malformed element is left out."""
     header = read_header(path, also=[*SAID, "NumberOfSeriesRelatedInstances"])
     return {
-        "header": _json(header),
+        "header": to_json(header, SAID),
         "study_date": _text(header, "StudyDate"),
         "accession_number": _text(header, "AccessionNumber"),
         "modality": _text(header, "Modality"),
@@ -56,30 +56,6 @@ def about_series(path: Path) -> dict[str, Any]:
         "kernel": _text(header, "ConvolutionKernel"),
         "expected": _count(header, "NumberOfSeriesRelatedInstances"),
     }
-
-
-def _json(header: FileDataset) -> dict[str, Any]:
-    """The elements that are there, in the DICOM JSON model (PS3.18 F)."""
-    answer: dict[str, Any] = {}
-    for keyword in SAID:
-        try:
-            one = Dataset()
-            one.add(header[keyword])
-            found = one.to_json_dict(bulk_data_threshold=2**31)
-            json.dumps(found, allow_nan=False)
-            answer |= found
-        except Exception:  # missing, or whatever pydicom makes of a malformed value, which it would quote
-            continue
-    return _without_nul(answer)  # type: ignore[no-any-return]
-
-
-def _without_nul(value: Any) -> Any:
-    """PostgreSQL keeps no NUL."""
-    if isinstance(value, str):
-        return value.replace("\0", "")
-    if isinstance(value, list):
-        return [_without_nul(each) for each in value]
-    return {key: _without_nul(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _text(header: FileDataset, keyword: str) -> str:

@@ -14,14 +14,17 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from service import errors
 from service.deps import EncoderNames, cached_heads
+from service.dicomweb.addresses import PREFIX
 from service.metrics import FromStores, Timed
 from service.queue import Queue
 from service.routes import (
     dicom,
+    dicomweb,
     embeddings,
     encoders,
     explanations,
@@ -35,6 +38,7 @@ from service.routes import (
     reports,
     search,
     series,
+    wado,
 )
 from service.schemas.base import Problem
 from service.settings import Settings
@@ -48,6 +52,9 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.PeerNotAllowed: 403,
     errors.PeerFailed: 502,
     errors.UploadTooLarge: 413,
+    errors.BadDicomWeb: 400,
+    errors.UnsupportedMedia: 415,
+    errors.NotAcceptable: 406,
     errors.BadRequest: 422,
     errors.BrokerDown: 503,
     errors.WorkersBusy: 503,
@@ -104,6 +111,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     mounted = (
         series,
+        dicomweb,
+        wado,
         embeddings,
         features,
         predictions,
@@ -122,6 +131,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(router.router)
     app.state.metrics = registry
     app.add_middleware(Timed, registry=registry)
+    if origins := [each.strip() for each in settings.cors_origins.split(",") if each.strip()]:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(errors.KeysliceError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
@@ -154,11 +165,12 @@ async def _on_error(_: Request, error: Exception) -> JSONResponse:
     return _problem(status, _kebab(type(error).__name__), title, str(error), error.found)
 
 
-async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = [{"where": list(each["loc"]), "expected": each["msg"]} for each in error.errors()]
     detail = "; ".join(f"{'.'.join(map(str, each['where']))}: {each['expected']}" for each in found)
-    return _problem(422, "invalid-request", "The request does not match the schema", detail, {"errors": found})
+    status = 400 if request.url.path.startswith(PREFIX) else 422  # PS3.18 knows 400 alone
+    return _problem(status, "invalid-request", "The request does not match the schema", detail, {"errors": found})
 
 
 async def _on_http(_: Request, error: Exception) -> JSONResponse:

@@ -3,13 +3,15 @@
 KeysliceError
 ├── NotFound
 │   ├── SeriesNotFound, PatientNotFound, StudyNotFound, SliceNotFound
+│   ├── InstanceNotFound, FrameNotFound, BulkDataNotFound
 │   ├── EncoderNotFound, WindowNotFound, LabelNotFound
 │   ├── HeadNotFound, JobNotFound, PredictionNotFound
 │   └── EmptyCohort
 ├── BadRequest
 │   ├── BadUpload            EmptyUpload, BadArchive, NothingUsable, UploadTooLarge
 │   ├── BadLabels
-│   └── BadQuery
+│   ├── BadQuery
+│   └── BadDicomWeb          UnsupportedMedia, NotAcceptable
 ├── Conflict
 │   ├── NotEmbeddedYet, NotIndexedYet, BagGone
 │   ├── HeadNotReady, HeadsDiffer
@@ -45,11 +47,23 @@ class PatientNotFound(NotFound):
 
 
 class StudyNotFound(NotFound):
-    """The patient has no study of this UID."""
+    """No study of this UID."""
 
 
 class SliceNotFound(NotFound):
     """The series has no slice of this number."""
+
+
+class InstanceNotFound(NotFound):
+    """The series has no instance of this UID."""
+
+
+class FrameNotFound(NotFound):
+    """The instance has no frame of this number."""
+
+
+class BulkDataNotFound(NotFound):
+    """The instance has no bulk data at this place."""
 
 
 class EncoderNotFound(NotFound):
@@ -110,6 +124,18 @@ class BadLabels(BadRequest):
 
 class BadQuery(BadRequest):
     """The search cannot be answered as asked."""
+
+
+class BadDicomWeb(BadRequest):
+    """The DICOMweb request is not what PS3.18 says."""
+
+
+class UnsupportedMedia(BadDicomWeb):
+    """A body of another media type than expected."""
+
+
+class NotAcceptable(BadDicomWeb):
+    """There is no representation that the caller accepts."""
 
 
 class Conflict(KeysliceError):

@@ -32,6 +32,13 @@ class Settings(BaseSettings):
     )
     series_at_once: int = Field(2, ge=1, description="series that a worker embeds at once, sharing batches")
 
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="address of the API in DICOMweb's answers; unset, as the caller reached it",
+    )
+    cors_origins: str = Field("", description="origins whose pages may read the API, as a viewer's, between commas")
+
     series_quiet_seconds: float = Field(
         60.0, ge=0, description="without another slice, after which a series that came by network counts as whole"
     )

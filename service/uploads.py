@@ -1,6 +1,6 @@
 """A multipart upload, streamed to files on disk: no part is ever held in memory."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,38 @@ async def receive_files(
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or b"boundary" not in options:
         raise BadUpload(f"Content-Type is {kind.decode('latin-1') or 'missing'}, expected multipart/form-data")
-    writer = _PartWriter(folder, options[b"boundary"], max_files)
+    parts = await receive_parts(
+        stream, options[b"boundary"], folder, _form_file, max_bytes=max_bytes, max_files=max_files
+    )
+    if not any(file.path.stat().st_size for file in parts):
+        raise EmptyUpload(f"no file with content in the upload, expected one or more parts named {FIELD!r}")
+    # An empty part without a name is a browser's field that nobody filled.
+    return [file for file in parts if file.path.stat().st_size or file.name != file.path.name]
+
+
+def _form_file(headers: Mapping[bytes, bytes]) -> str:
+    _, options = parse_options_header(headers.get(b"content-disposition", b""))
+    name = options.get(b"name", b"").decode("utf-8", "replace")
+    if name != FIELD:
+        raise BadUpload(f"part named {name!r}, expected {FIELD!r}")
+    return options.get(b"filename", b"").decode("utf-8", "replace")
+
+
+async def receive_parts(
+    stream: AsyncIterator[bytes],
+    boundary: bytes,
+    folder: Path,
+    name: Callable[[Mapping[bytes, bytes]], str],
+    *,
+    max_bytes: int,
+    max_files: int,
+) -> list[StagedFile]:
+    """The parts of any multipart body, written below folder, empty ones too.
+
+    `name` says what a part's headers call it, nothing for one without a name, and raises where they are wrong.
+    Raises also BadUpload and UploadTooLarge.
+    """
+    writer = _PartWriter(folder, boundary, name, max_files)
     received, buffer = 0, bytearray()
     try:
         async for chunk in stream:
@@ -56,23 +87,23 @@ async def receive_files(
         writer.close()
     if not writer.complete:
         raise BadUpload("the multipart body ends before its closing boundary")
-    if not any(file.path.stat().st_size for file in writer.files):
-        raise EmptyUpload(f"no file with content in the upload, expected one or more parts named {FIELD!r}")
-    # An empty part without a name is a browser's field that nobody filled.
-    return [file for file in writer.files if file.path.stat().st_size or file.name != file.path.name]
+    return writer.files
 
 
 class _PartWriter:
     """What the parser calls back: opens a file per part, writes its bytes, closes it."""
 
-    def __init__(self, folder: Path, boundary: bytes, max_files: int) -> None:
+    def __init__(
+        self, folder: Path, boundary: bytes, name: Callable[[Mapping[bytes, bytes]], str], max_files: int
+    ) -> None:
         self.files: list[StagedFile] = []
         self.complete = False
         self._folder = folder
+        self._name = name
         self._max_files = max_files
         self._header_name = b""
         self._header_value = b""
-        self._disposition = b""
+        self._headers: dict[bytes, bytes] = {}
         self._file: BinaryIO | None = None
         self._parser = MultipartParser(
             boundary,
@@ -98,7 +129,7 @@ class _PartWriter:
             self._file = None
 
     def _begin(self) -> None:
-        self._disposition = b""
+        self._headers = {}
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
@@ -107,20 +138,15 @@ class _PartWriter:
         self._header_value += data[start:end]
 
     def _on_header_end(self) -> None:
-        if self._header_name.lower() == b"content-disposition":
-            self._disposition = self._header_value
+        self._headers[self._header_name.lower()] = self._header_value
         self._header_name = self._header_value = b""
 
     def _open(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        name = options.get(b"name", b"").decode("utf-8", "replace")
-        if name != FIELD:
-            raise BadUpload(f"part named {name!r}, expected {FIELD!r}")
+        name = self._name(self._headers)
         if len(self.files) >= self._max_files:
             raise UploadTooLarge(f"more than {self._max_files} files in one upload")
         path = self._folder / f"part-{len(self.files)}"
-        sent_as = options.get(b"filename", b"").decode("utf-8", "replace")
-        self.files.append(StagedFile(path, sent_as or path.name))
+        self.files.append(StagedFile(path, name or path.name))
         self._file = path.open("wb")
 
     def _data(self, data: bytes, start: int, end: int) -> None:

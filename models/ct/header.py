@@ -75,7 +75,7 @@ class NotDicom(Exception):
     """The file is not a readable DICOM object; the message says what it lacks."""
 
 
-def read_header(path: Path, also: Sequence[str] = ()) -> FileDataset:
+def read_header(path: Path, also: Sequence[str | int] = ()) -> FileDataset:
     """The elements of HEADER_TAGS and of `also`. Rows is removed where no PixelData follows. Raises NotDicom."""
     with path.open("rb") as file:
         return header_of(file, also)
@@ -98,6 +98,16 @@ def read_whole(path: Path) -> FileDataset:
     dataset = _read(io.BytesIO(path.read_bytes()))
     if "PixelData" not in dataset and "Rows" in dataset:
         del dataset.Rows
+    return dataset
+
+
+def read_elements(path: Path, longest: int) -> FileDataset:
+    """Every element; values of more than `longest` bytes are read from the file when asked for. Raises NotDicom."""
+    with path.open("rb") as file:
+        dataset = _read(file, defer_size=longest)
+        if dataset.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
+            file.seek(0)
+            dataset = _read(file)  # there is no place in the file to read them from later
     return dataset
 
 

@@ -19,6 +19,7 @@ from service.storage.predictions import Predictions
 from service.storage.queries import Queries
 from service.storage.selection import Selection
 from service.storage.tags import Tags
+from service.storage.studies import Studies
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,11 @@ class Stores:
     indexes: Indexes
     database: Database
     catalog: Catalog
+<<<<<<< HEAD
     cohorts: Cohorts
+=======
+    studies: Studies
+>>>>>>> 3bd268d (DICOMweb: STOW-RS, QIDO-RS and WADO-RS over the archive, with dicomweb-client on the other side)
     heads: Heads
     predictions: Predictions
     leases: Leases
@@ -58,7 +63,11 @@ def open_stores(settings: Settings) -> Stores:
         indexes=Indexes(database),
         database=database,
         catalog=Catalog(database, archive),
+<<<<<<< HEAD
         cohorts=Cohorts(database),
+=======
+        studies=Studies(database),
+>>>>>>> 3bd268d (DICOMweb: STOW-RS, QIDO-RS and WADO-RS over the archive, with dicomweb-client on the other side)
         heads=Heads(database),
         predictions=Predictions(database),
         leases=Leases(database),

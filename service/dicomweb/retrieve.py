@@ -1,0 +1,240 @@
+"""WADO-RS: instances, their metadata, bulk data and frames, out of the archive (PS3.18 10.4)."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.filewriter import dcmwrite
+from pydicom.tag import Tag
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    ExplicitVRLittleEndian,
+    HTJ2KLossless,
+    HTJ2KLosslessRPCL,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+
+from models.ct.decode import DECODERS
+from models.ct.errors import UndecodableSlice
+from models.ct.header import NotDicom, read_elements, read_header, read_whole
+from models.ct.pixels import decoded_frame, decompressed, frame_count, stored_frame, syntax_of
+from service.dicom_json import BULK_BYTES, is_bulk, to_json
+from service.dicomweb.addresses import Addresses
+from service.dicomweb.media import DICOM, OCTETS, RELATED, Choice, Media, chosen
+from service.dicomweb.multipart import Body, Part, related, started
+from service.errors import (
+    BadDicomWeb,
+    BulkDataNotFound,
+    FrameNotFound,
+    InstanceNotFound,
+    NotAcceptable,
+    SeriesNotFound,
+    StudyNotFound,
+)
+from service.storage.stores import Stores
+
+READ_BYTES = 1 << 20
+AS_STORED = "*"
+PIXEL_DATA = "7FE00010"
+
+# Media types of compressed frames (PS3.18 table 8.7.3-5).
+FRAMES: dict[str, list[UID]] = {
+    "image/jpeg": [JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1],
+    "image/jls": [JPEGLSLossless, JPEGLSNearLossless],
+    "image/jp2": [JPEG2000Lossless, JPEG2000],
+    "image/jphc": [HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K],
+    "image/dicom-rle": [RLELossless],
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An instance in the archive."""
+
+    study_uid: str
+    series_uid: str
+    path: Path
+
+    @property
+    def sop_uid(self) -> str:
+        return self.path.stem
+
+    def address(self, addresses: Addresses) -> str:
+        return addresses.instance(self.study_uid, self.series_uid, self.sop_uid)
+
+
+def instances(stores: Stores, study_uid: str, series_uid: str | None = None, sop_uid: str | None = None) -> list[Kept]:
+    """A study's instances, or those of one of its series, or one. Raises NotFound of the three kinds."""
+    every = stores.studies.series_uids(study_uid)
+    if not every:
+        raise StudyNotFound(f"no study {study_uid}")
+    if series_uid is not None and series_uid not in every:
+        raise SeriesNotFound(f"study {study_uid} has no series {series_uid}")
+    chosen_series = every if series_uid is None else [series_uid]
+    if sop_uid is None:
+        return [Kept(study_uid, each, path) for each in chosen_series for path in stores.archive.files(each)]
+    path = stores.archive.file(chosen_series[0], sop_uid)
+    if not path.exists():
+        raise InstanceNotFound(f"series {series_uid} has no instance {sop_uid}")
+    return [Kept(study_uid, chosen_series[0], path)]
+
+
+def dicom_files(kept: Sequence[Kept], accept: str, addresses: Addresses) -> Body:
+    """The instances as DICOM files, as stored where the caller accepts that. Raises NotAcceptable."""
+    many, one = Media(RELATED, DICOM), Media(DICOM)
+    choice = chosen(accept, [many, one] if len(kept) == 1 else [many])
+    _check_syntaxes(kept, choice)
+    if choice.media == one:
+        return Body(DICOM, started(_file(kept[0], choice)))
+    return related(DICOM, (Part(DICOM, each.address(addresses), _file(each, choice)) for each in kept))
+
+
+def metadata(kept: Iterable[Kept], addresses: Addresses) -> Iterator[bytes]:
+    """A JSON array of every instance's elements; large binary values and pixels by their address."""
+    separator = b"["
+    for each in kept:
+        address = f"{each.address(addresses)}/bulkdata/"
+        elements = to_json(read_elements(each.path, BULK_BYTES), address=address.__add__)
+        yield separator + json.dumps(elements, allow_nan=False).encode()
+        separator = b","
+    yield b"]" if separator == b"," else b"[]"
+
+
+def bulk_data(kept: Kept, place: str, accept: str, addresses: Addresses) -> Body:
+    """One bulk value, by its place in the metadata: `TAG`, or `TAG/ITEM/TAG` in sequences. Of pixels, all frames."""
+    dataset = read_elements(kept.path, BULK_BYTES)
+    if place == PIXEL_DATA:
+        return _frames(kept, dataset, range(1, frame_count(dataset) + 1), accept, addresses)
+    choice = chosen(accept, [Media(RELATED, OCTETS), Media(OCTETS)])
+    value = _bulk_value(dataset, place)
+    if choice.media.kind == OCTETS:
+        return Body(OCTETS, iter([value]))
+    return related(OCTETS, [Part(OCTETS, f"{kept.address(addresses)}/bulkdata/{place}", [value])])
+
+
+def frames(kept: Kept, numbers: str, accept: str, addresses: Addresses) -> Body:
+    """Frames by their numbers, from 1: decoded, or as stored where the caller accepts that.
+
+    Raises BadDicomWeb, FrameNotFound or NotAcceptable.
+    """
+    return _frames(kept, read_elements(kept.path, BULK_BYTES), frame_numbers(numbers), accept, addresses)
+
+
+def frame_numbers(numbers: str) -> list[int]:
+    """`1,3,5` as numbers. Raises BadDicomWeb."""
+    parts = numbers.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise BadDicomWeb("the frames are not numbers between commas, expected as 1,2,3")
+    found = [int(part) for part in parts]
+    if len(set(found)) < len(found):
+        raise BadDicomWeb("a frame is named twice, expected each once")
+    return found
+
+
+def check_frames(dataset: Dataset, numbers: Sequence[int]) -> None:
+    """Raises FrameNotFound where the dataset lacks one of the frames, or has no pixels."""
+    count = frame_count(dataset) if "PixelData" in dataset else 0
+    if missing := next((each for each in numbers if not 1 <= each <= count), None):
+        raise FrameNotFound(f"no frame {missing}, expected 1 to {count}")
+    if 0 in numbers:
+        raise FrameNotFound(f"no frame 0, expected 1 to {count}")
+
+
+def _check_syntaxes(kept: Sequence[Kept], choice: Choice) -> None:
+    """Before the first byte is sent: each file is as wanted, or can be decoded. Raises NotAcceptable."""
+    if AS_STORED in choice.syntaxes:
+        return
+    for each in kept:
+        syntax = syntax_of(read_header(each.path))
+        if syntax not in choice.syntaxes and not (_explicit(choice) and syntax in DECODERS):
+            raise NotAcceptable(f"instance {each.sop_uid} is stored as {syntax}, which is neither accepted nor decoded")
+
+
+def _explicit(choice: Choice) -> bool:
+    """Explicit VR little endian is also what is meant where nothing is said (PS3.18 8.7.3.5.2)."""
+    return bool(choice.syntaxes & {"", str(ExplicitVRLittleEndian)})
+
+
+def _file(kept: Kept, choice: Choice) -> Iterator[bytes]:
+    if AS_STORED not in choice.syntaxes:
+        syntax = syntax_of(read_header(kept.path))
+        if syntax not in choice.syntaxes and syntax != ExplicitVRLittleEndian:
+            yield _explicit_bytes(kept)
+            return
+    with kept.path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            yield chunk
+
+
+def _explicit_bytes(kept: Kept) -> bytes:
+    content = BytesIO()
+    try:
+        dcmwrite(content, decompressed(read_whole(kept.path)), enforce_file_format=True)
+    except UndecodableSlice as error:
+        raise NotAcceptable(f"instance {kept.sop_uid} cannot be decoded: {error}") from error
+    except Exception as error:  # pydicom writes no element that breaks its VR's rules, and would quote it
+        found = f"instance {kept.sop_uid} cannot be written as explicit VR little endian"
+        raise NotAcceptable(f"{found}: {type(error).__name__}; transfer-syntax=* answers it as stored") from error
+    return content.getvalue()
+
+
+def _frames(kept: Kept, dataset: FileDataset, wanted: Sequence[int], accept: str, addresses: Addresses) -> Body:
+    check_frames(dataset, wanted)
+    syntax = syntax_of(dataset)
+    compressed = [Media(RELATED, kind) for kind, syntaxes in FRAMES.items() if syntax in syntaxes]
+    single = [Media(OCTETS)] if len(wanted) == 1 else []
+    choice = chosen(accept, [Media(RELATED, OCTETS), *single, *compressed])
+    read, sent = _frame_reader(choice, syntax)
+    kind = choice.media.part or choice.media.kind
+    content_type = f"{kind}; transfer-syntax={sent}"
+    made = (_frame(read, dataset, number - 1) for number in wanted)
+    if choice.media.kind == OCTETS:
+        return Body(content_type, started(made))
+    address = f"{kept.address(addresses)}/frames"
+    parts = (Part(content_type, f"{address}/{number}", [frame]) for number, frame in zip(wanted, made, strict=True))
+    return related(kind, parts)
+
+
+def _frame_reader(choice: Choice, syntax: UID) -> tuple[partial[bytes], str]:
+    """How a frame is read, and the transfer syntax it is then in. Raises NotAcceptable."""
+    image = choice.media.part.startswith("image/")
+    if AS_STORED in choice.syntaxes or syntax in choice.syntaxes or (image and "" in choice.syntaxes):
+        sent = syntax if syntax.is_encapsulated else ExplicitVRLittleEndian
+        return partial(stored_frame), str(sent)
+    if _explicit(choice) and not image:
+        return partial(decoded_frame), str(ExplicitVRLittleEndian)
+    raise NotAcceptable(f"the frames are stored as {syntax}, which is not accepted, and are not encoded anew")
+
+
+def _frame(read: partial[bytes], dataset: FileDataset, index: int) -> bytes:
+    try:
+        return read(dataset, index)
+    except UndecodableSlice as error:
+        raise NotAcceptable(f"frame {index + 1} cannot be decoded: {error}") from error
+
+
+def _bulk_value(dataset: Dataset, place: str) -> bytes:
+    """Raises BulkDataNotFound."""
+    try:
+        *inner, last = place.split("/")
+        for tag, item in zip(inner[::2], inner[1::2], strict=True):
+            dataset = dataset[Tag(int(tag, 16))].value[int(item)]
+        element = dataset[Tag(int(last, 16))]
+        if is_bulk(element):
+            return bytes(element.value)
+    except (NotDicom, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
+        pass
+    raise BulkDataNotFound("no bulk data here, expected an address that the metadata names")

@@ -1,0 +1,178 @@
+"""DICOMweb in: STOW-RS to store, QIDO-RS to search (PS3.18 10.5 and 10.6)."""
+
+import json
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from service.deps import EncodersDep, SettingsDep, StoresDep
+from service.dicomweb.addresses import PREFIX, Addresses
+from service.dicomweb.attributes import Level
+from service.dicomweb.media import DICOM_JSON, JSON, Media, chosen
+from service.dicomweb.query import MOST_RESULTS, parse_query, search
+from service.dicomweb.store import receive_instances, store, store_response
+from service.schemas.dicomweb import FOUND, OF_SERIES, OF_STUDY, STORE_BODY, STORED, Uid, search_parameters
+from service.settings import Settings
+from service.storage.stores import Stores
+from service.uploads import staging
+
+router = APIRouter(prefix=PREFIX, tags=["DICOMweb"])
+
+NOT_FUZZY = "The fuzzymatching parameter is not supported. Only literal matching has been performed."
+TOO_MANY = "The number of results exceeded the maximum supported by the server. Additional results can be requested."
+
+
+def accepted(
+    accept: Annotated[str, Header()] = "*/*",
+    instead: Annotated[str | None, Query(alias="accept", description="instead of the header (PS3.18 8.3.3)")] = None,
+) -> str:
+    return instead or accept
+
+
+def addresses(request: Request, settings: SettingsDep) -> Addresses:
+    """As the setting says, or as the request does."""
+    if settings.public_url:
+        return Addresses(settings.public_url.rstrip("/"))
+    root = request.base_url
+    server, port = request.scope["server"]
+    if root.port is None and root.hostname in (server, "localhost"):
+        root = root.replace(port=port)  # dicomweb-client sends a Host without its port
+    return Addresses(str(root).rstrip("/"))
+
+
+AcceptDep = Annotated[str, Depends(accepted)]
+AddressesDep = Annotated[Addresses, Depends(addresses)]
+
+
+class Search:
+    """What every search takes beside attributes, and how it is answered."""
+
+    def __init__(
+        self,
+        request: Request,
+        stores: StoresDep,
+        accept: AcceptDep,
+        addresses: AddressesDep,
+        limit: Annotated[int | None, Query(ge=0, description=f"at most {MOST_RESULTS}")] = None,
+        offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
+        includefield: Annotated[
+            list[str], Query(description="attributes to answer besides, between commas, or `all`")
+        ] = [],  # noqa: B006  FastAPI copies it
+        fuzzymatching: Annotated[bool, Query(description="not supported: names match literally, in any case")] = False,
+    ) -> None:
+        self._parameters = request.query_params.multi_items()
+        self._stores, self._addresses, self._accept = stores, addresses, accept
+        self._include, self._limit, self._offset, self._fuzzy = includefield, limit, offset, fuzzymatching
+
+    def answer(self, level: Level, **within: str) -> Response:
+        media = chosen(self._accept, [Media(DICOM_JSON), Media(JSON)]).media.kind
+        query = parse_query(level, self._parameters, self._include, self._limit, self._offset, **within)
+        results = search(query, self._stores, self._addresses)
+        warnings = [NOT_FUZZY] if self._fuzzy else []
+        if results.more and query.limit == MOST_RESULTS:
+            warnings.append(TOO_MANY)
+        headers = {"Warning": ", ".join(f'299 keyslice: "{each}"' for each in warnings)} if warnings else {}
+        if not results.items:
+            return Response(status_code=204, headers=headers)
+        return Response(json.dumps(results.items), media_type=media, headers=headers)
+
+
+SearchDep = Annotated[Search, Depends()]
+
+
+@router.post("/studies", responses=STORED, response_class=Response, openapi_extra=STORE_BODY)
+async def store_instances(
+    request: Request,
+    stores: StoresDep,
+    settings: SettingsDep,
+    encoders: EncodersDep,
+    accept: AcceptDep,
+    addresses: AddressesDep,
+) -> Response:
+    """STOW-RS: store slices of any study. Their series are embedded once they are whole."""
+    return await _stored(request, None, stores, settings, encoders.id(None), accept, addresses)
+
+
+@router.post("/studies/{study}", responses=STORED, response_class=Response, openapi_extra=STORE_BODY)
+async def store_instances_of_study(
+    request: Request,
+    study: Uid,
+    stores: StoresDep,
+    settings: SettingsDep,
+    encoders: EncodersDep,
+    accept: AcceptDep,
+    addresses: AddressesDep,
+) -> Response:
+    """STOW-RS: store slices of one study; those of another are refused."""
+    return await _stored(request, study, stores, settings, encoders.id(None), accept, addresses)
+
+
+@router.get("/studies", responses=FOUND, response_class=Response, openapi_extra=search_parameters(*OF_STUDY))
+def search_studies(search: SearchDep) -> Response:
+    """QIDO-RS: studies, the latest first."""
+    return search.answer("study")
+
+
+@router.get("/series", responses=FOUND, response_class=Response, openapi_extra=search_parameters(*OF_STUDY, *OF_SERIES))
+def search_series(search: SearchDep) -> Response:
+    """QIDO-RS: series of all studies."""
+    return search.answer("series")
+
+
+@router.get(
+    "/studies/{study}/series", responses=FOUND, response_class=Response, openapi_extra=search_parameters(*OF_SERIES)
+)
+def search_series_of_study(study: Uid, search: SearchDep) -> Response:
+    """QIDO-RS: a study's series."""
+    return search.answer("series", StudyInstanceUID=study)
+
+
+@router.get("/instances", responses=FOUND, response_class=Response, openapi_extra=search_parameters("SOPInstanceUID"))
+def search_instances(search: SearchDep) -> Response:
+    """QIDO-RS: instances of all studies."""
+    return search.answer("instance")
+
+
+@router.get(
+    "/studies/{study}/instances",
+    responses=FOUND,
+    response_class=Response,
+    openapi_extra=search_parameters("SOPInstanceUID"),
+)
+def search_instances_of_study(study: Uid, search: SearchDep) -> Response:
+    """QIDO-RS: a study's instances."""
+    return search.answer("instance", StudyInstanceUID=study)
+
+
+@router.get(
+    "/studies/{study}/series/{series}/instances",
+    responses=FOUND,
+    response_class=Response,
+    openapi_extra=search_parameters("SOPInstanceUID"),
+)
+def search_instances_of_series(study: Uid, series: Uid, search: SearchDep) -> Response:
+    """QIDO-RS: a series' instances."""
+    return search.answer("instance", StudyInstanceUID=study, SeriesInstanceUID=series)
+
+
+async def _stored(
+    request: Request,
+    study: str | None,
+    stores: Stores,
+    settings: Settings,
+    encoder_id: str,
+    accept: str,
+    addresses: Addresses,
+) -> Response:
+    media = chosen(accept, [Media(DICOM_JSON), Media(JSON)]).media.kind  # before a body is taken that has no answer
+    with staging(settings.staging_dir) as folder:
+        files = await receive_instances(
+            request.stream(),
+            request.headers.get("content-type", ""),
+            folder,
+            max_bytes=settings.max_upload_bytes,
+            max_files=settings.max_upload_files,
+        )
+        outcome = await run_in_threadpool(store, files, study, encoder_id, stores, settings)
+    return Response(json.dumps(store_response(outcome, addresses)), outcome.status, media_type=media)
