@@ -9,16 +9,16 @@ import psutil
 import pydicom
 import pytest
 from dicomweb_client.api import DICOMwebClient
+from enhanced import in_syntax, write_enhanced
 from PIL import Image
 from posting import slice_files
-from pydicom.uid import EnhancedCTImageStorage, JPEG2000Lossless, MRImageStorage
+from pydicom.uid import EnhancedCTImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, MRImageStorage
 from requests import HTTPError
 
 from models.ct.decode import read_hu
 from models.ct.phantom import Identity
 from models.ct.windows import LUNG, apply_window
 from service.embedded import Running
-from service.storage.archive import Archive
 
 
 @pytest.fixture(scope="module")
@@ -404,21 +404,25 @@ class TestRetrieve:
         assert np.array_equal(flipped, whole[30:50, 10:50][:, ::-1])
 
 
-def test_frames_of_a_multi_frame_file_in_the_archive(http, service):
-    """However it came there: the file is put in place of an archived slice."""
-    identity = Identity("MULTIFRAME")
-    ((_, content),) = slice_files(identity, count=1)
-    assert http.post("/dicom-web/studies", **related([content])).status_code == 200
-    dataset = pydicom.dcmread(io.BytesIO(content))
-    frames = [np.full((32, 32), 1024 + k, "<u2") for k in range(3)]
-    dataset.NumberOfFrames, dataset.PixelData = 3, np.stack(frames).tobytes()
-    data = Path(psutil.Process(service.process.pid).environ()["KEYSLICE_DATA_DIR"])
-    dataset.save_as(Archive(data / "archive").file(identity.series_uid, dataset.SOPInstanceUID))
-    url = address((identity.study_uid, identity.series_uid, dataset.SOPInstanceUID))
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, JPEG2000Lossless])
+def test_frames_of_an_enhanced_ct(http, tmp_path, syntax):
+    """Frame k is k HU everywhere, and so stored as 1024 + k."""
+    hu = np.stack([np.full((32, 32), k, np.float32) for k in range(3)])
+    identity = Identity(f"ENHANCED-{syntax}")
+    path = write_enhanced(tmp_path, hu, in_syntax(syntax), identity=identity)
+    assert http.post("/dicom-web/studies", **related([path.read_bytes()])).status_code == 200
+    url = address((identity.study_uid, identity.series_uid, path.stem))
+    frames = [np.full((32, 32), 1024 + k, "<u2").tobytes() for k in range(3)]
 
     parts = read_parts(http.get(f"{url}/frames/3,1"))
-    picture = http.get(f"{url}/frames/2/rendered?window=1,3,linear-exact&accept=image/png")
+    picture = http.get(f"{url}/frames/2/rendered?window=1,4,linear-exact&accept=image/png")
+    (instance,) = http.get(f"/dicom-web/instances?SOPInstanceUID={path.stem}").json()
 
-    assert [content for _, content in parts] == [frames[2].tobytes(), frames[0].tobytes()]
+    assert [content for _, content in parts] == [frames[2], frames[0]]
     assert set(np.asarray(Image.open(io.BytesIO(picture.content))).flat) == {128}
-    assert [content for _, content in read_parts(http.get(f"{url}/bulkdata/7FE00010"))] == [f.tobytes() for f in frames]
+    assert [content for _, content in read_parts(http.get(f"{url}/bulkdata/7FE00010"))] == frames
+    assert instance["00280008"]["Value"] == [3]
+    assert instance["00083002"]["Value"] == [str(syntax)]
+    assert Image.open(io.BytesIO(http.get(f"{url}/thumbnail").content)).size == (128, 128)
+    answer = http.get(f"{url}/frames/4")
+    assert (answer.status_code, answer.json()["type"]) == (404, "urn:keyslice:frame-not-found")

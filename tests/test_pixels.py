@@ -1,4 +1,4 @@
-"""One frame of a file: as it is stored, decoded, in HU, and whole files in explicit VR little endian."""
+"""One frame of a file as it is stored or decoded, and whole files in explicit VR little endian."""
 
 import io
 from pathlib import Path
@@ -13,7 +13,7 @@ from synthetic import random_hu, write_slice
 from models.ct.decode import DECODERS, read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.header import read_elements, read_whole
-from models.ct.pixels import decoded_frame, decompressed, frame_count, frame_hu, stored_frame, syntax_of
+from models.ct.pixels import decoded_frame, decompressed, frame_count, stored_frame, syntax_of
 
 HU = random_hu(slices=3)
 
@@ -31,7 +31,6 @@ def test_each_frame_of_a_native_file_is_its_own_bytes(tmp_path, read):
     for index in range(3):
         expected = (HU[index] + 1024).astype("<u2").tobytes()
         assert (stored_frame(dataset, index), decoded_frame(dataset, index)) == (expected, expected)
-        assert np.array_equal(frame_hu(dataset, index), HU[index])
 
 
 @pytest.mark.parametrize("read", [read_whole, lambda path: read_elements(path, 100)], ids=["whole", "deferred"])
@@ -57,33 +56,10 @@ def test_one_frame_of_many_is_read_alone(tmp_path):
     assert dataset.get_item("PixelData", keep_deferred=True).value is None
 
 
-def test_a_frame_s_own_functional_group_says_its_rescale(tmp_path):
-    def change(dataset):
-        three_frames(dataset)
-        del dataset.RescaleSlope, dataset.RescaleIntercept
-        dataset.PerFrameFunctionalGroupsSequence = [group(1.0, -1024.0), group(2.0, 0.0), pydicom.Dataset()]
-        dataset.SharedFunctionalGroupsSequence = [group(0.5, 7.0)]
-
-    dataset = read_whole(write_slice(tmp_path, change))
-
-    stored = HU + 1024
-    expected = [stored[0] - 1024, stored[1] * 2, stored[2] / 2 + 7]
-    assert all(np.array_equal(frame_hu(dataset, k), expected[k]) for k in range(3))
-
-
-def group(slope: float, intercept: float) -> pydicom.Dataset:
-    rescale, item = pydicom.Dataset(), pydicom.Dataset()
-    rescale.RescaleSlope, rescale.RescaleIntercept = slope, intercept
-    item.PixelValueTransformationSequence = [rescale]
-    return item
-
-
 def test_what_cannot_be_decoded_says_so(tmp_path):
     short = read_whole(write_slice(tmp_path, lambda dataset: setattr(dataset, "PixelData", dataset.PixelData[:100])))
     with pytest.raises(UndecodableSlice, match="100 bytes of pixels, expected 2048"):
         stored_frame(short, 0)
-    with pytest.raises(UndecodableSlice):
-        frame_hu(short, 0)
 
     def video(dataset):
         dataset.PixelData = encapsulate([b"no picture"])

@@ -86,7 +86,8 @@ def decoded_hu(dataset: FileDataset) -> NDArray[np.float32]:
         raise UndecodableSlice(f"{type(error).__name__} while decoding") from error
 
 
-def _hu(dataset: FileDataset) -> NDArray[np.float32]:
+def stored_values(dataset: FileDataset) -> NDArray[np.integer[Any]]:
+    """(rows, columns) of a dataset with one frame, decoded but not rescaled. Raises UndecodableSlice, or anything."""
     syntax = dataset.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
     if "PixelData" not in dataset:
         raise UndecodableSlice("no PixelData, expected a CT slice")
@@ -106,6 +107,11 @@ def _hu(dataset: FileDataset) -> NDArray[np.float32]:
     pixels = _stored(dataset, syntax, decoder)
     if pixels.shape != (dataset.Rows, dataset.Columns):
         raise UndecodableSlice(f"decoded to {pixels.shape}, expected ({dataset.Rows}, {dataset.Columns})")
+    return pixels
+
+
+def _hu(dataset: FileDataset) -> NDArray[np.float32]:
+    pixels = stored_values(dataset)
     hu = pixels.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         slope = np.float32(dataset.get("RescaleSlope", 1.0) or 1.0)

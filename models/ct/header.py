@@ -81,7 +81,7 @@ def read_header(path: Path, also: Sequence[str | int] = ()) -> FileDataset:
         return header_of(file, also)
 
 
-def header_of(file: BinaryIO, also: Sequence[str] = ()) -> FileDataset:
+def header_of(file: BinaryIO, also: Sequence[str | int] = ()) -> FileDataset:
     """The same of an open file, which is then where its PixelData begins unless it is deflated. Raises NotDicom."""
     header = _read(file, specific_tags=[*HEADER_TAGS, *also], stop_before_pixels=True)
     if header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:

@@ -1,4 +1,4 @@
-"""One frame of a DICOM file: as it is stored, decoded, or in HU."""
+"""One frame of a DICOM file as bytes: as it is stored, or decoded."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +11,22 @@ from numpy.typing import NDArray
 from pydicom import uid
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.encaps import get_frame
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.utils import as_pixel_options
+from pydicom.encaps import encapsulate, get_frame
 
-from models.ct.decode import DECODERS, END_OF_IMAGE, MAX_PIXELS, NATIVE
+from models.ct.decode import stored_values
 from models.ct.errors import UndecodableSlice
 
-# Functional groups that may say how stored values become HU (PS3.3 C.7.6.16.2.9).
-GROUPS = "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"
+# What describes a frame's stored values (PS3.3 C.7.6.3).
+DESCRIBED = [
+    "BitsAllocated",
+    "BitsStored",
+    "Columns",
+    "HighBit",
+    "PhotometricInterpretation",
+    "PixelRepresentation",
+    "Rows",
+    "SamplesPerPixel",
+]
 SWAPPED = {"OW": 2, "OL": 4, "OF": 4, "OD": 8, "OV": 8}  # bytes of a word
 
 Answer = TypeVar("Answer")
@@ -49,11 +56,6 @@ def decoded_frame(dataset: FileDataset, index: int) -> bytes:
     return stored_frame(dataset, index)
 
 
-def frame_hu(dataset: FileDataset, index: int) -> NDArray[np.float32]:
-    """(rows, columns) in HU: stored value times slope plus intercept (PS3.3 C.11.1.1.2). Raises UndecodableSlice."""
-    return _told(_hu, dataset, index)
-
-
 def decompressed(dataset: FileDataset) -> FileDataset:
     """The same object in explicit VR little endian. Raises UndecodableSlice."""
     return _told(_decompressed, dataset)
@@ -64,7 +66,9 @@ def _told(made: Callable[..., Answer], dataset: FileDataset, *index: int) -> Ans
         return made(dataset, *index)
     except UndecodableSlice:
         raise
-    except Exception as error:  # decoders raise whatever their C library reports
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as in models/ct/decode.py
         raise UndecodableSlice(f"{type(error).__name__} while decoding") from error
 
 
@@ -96,41 +100,14 @@ def _stored(dataset: FileDataset, index: int) -> bytes:
 
 
 def _array(dataset: FileDataset, index: int) -> NDArray[Any]:
-    """(rows, columns) stored values."""
-    syntax = syntax_of(dataset)
-    if dataset.Rows * dataset.Columns > MAX_PIXELS:
-        raise UndecodableSlice(f"{dataset.Rows} x {dataset.Columns} pixels, expected at most {MAX_PIXELS}")
-    if (decoder := DECODERS.get(syntax)) is None:
-        raise UndecodableSlice(f"no decoder for transfer syntax {syntax}")
-    if decoder == "pyjpegls" and not _stored(dataset, index).rstrip(b"\0").endswith(END_OF_IMAGE):
-        # Its decoder would go on for seconds over a frame that was cut off.
-        raise UndecodableSlice("the JPEG-LS frame ends before its end marker")
-    plugin = "" if decoder == NATIVE else decoder
-    with _pixels(dataset) as pixels:
-        options = as_pixel_options(dataset, pixel_keyword="PixelData")
-        array, _ = get_decoder(syntax).as_array(pixels, index=index, decoding_plugin=plugin, **options)
-    if array.shape != (dataset.Rows, dataset.Columns):
-        raise UndecodableSlice(f"decoded to {array.shape}, expected ({dataset.Rows}, {dataset.Columns})")
-    return array
-
-
-def _hu(dataset: FileDataset, index: int) -> NDArray[np.float32]:
-    slope, intercept = _rescale(dataset, index)
-    hu = _array(dataset, index).astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        hu *= np.float32(slope)
-        hu += np.float32(intercept)
-    if not np.isfinite(hu.min() + hu.max()):
-        raise UndecodableSlice("RescaleSlope or RescaleIntercept makes HU that are not finite")
-    return hu
-
-
-def _rescale(dataset: Dataset, index: int) -> tuple[float, float]:
-    for group, k in zip(GROUPS, (index, 0), strict=True):
-        items = dataset.get(group) or []
-        if k < len(items) and (rescale := items[k].get("PixelValueTransformationSequence")):
-            return float(rescale[0].RescaleSlope), float(rescale[0].RescaleIntercept)
-    return float(dataset.get("RescaleSlope", 1.0) or 1.0), float(dataset.get("RescaleIntercept", 0.0) or 0.0)
+    """(rows, columns) stored values of a compressed frame."""
+    single = FileDataset("", Dataset(), file_meta=dataset.file_meta)
+    for keyword in DESCRIBED:
+        if keyword in dataset:
+            single[keyword] = dataset[keyword]
+    single.add_new("PixelData", "OB", encapsulate([_stored(dataset, index)]))
+    single["PixelData"].is_undefined_length = True
+    return stored_values(single)
 
 
 def _decompressed(dataset: FileDataset) -> FileDataset:

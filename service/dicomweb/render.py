@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.header import read_elements, read_header
-from models.ct.pixels import frame_count, frame_hu
+from models.ct.multiframe import is_multiframe
+from models.ct.pixels import frame_count
 from models.ct.screening import numbers
 from models.ct.windows import WINDOWS, apply_window
 from service.dicom_json import BULK_BYTES
@@ -103,11 +105,11 @@ def parse_viewport(text: str) -> Viewport:
 
 
 def _hu(kept: Kept, number: int | None) -> Floats:
-    dataset = read_elements(kept.path, BULK_BYTES)
-    number = number or frame_count(dataset) // 2 + 1
-    check_frames(dataset, [number])
+    header = read_elements(kept.path, BULK_BYTES)
+    number = number or frame_count(header) // 2 + 1
+    check_frames(header, [number])
     try:
-        return frame_hu(dataset, number - 1)
+        return read_hu(kept.path, number if is_multiframe(header) else None)
     except UndecodableSlice as error:
         raise NotAcceptable(f"frame {number} cannot be decoded: {error}") from error
 

@@ -18,8 +18,8 @@ from service.storage.leases import Leases
 from service.storage.predictions import Predictions
 from service.storage.queries import Queries
 from service.storage.selection import Selection
-from service.storage.tags import Tags
 from service.storage.studies import Studies
+from service.storage.tags import Tags
 
 
 @dataclass(frozen=True)
