@@ -30,11 +30,8 @@ class Stores:
     indexes: Indexes
     database: Database
     catalog: Catalog
-<<<<<<< HEAD
     cohorts: Cohorts
-=======
     studies: Studies
->>>>>>> 3bd268d (DICOMweb: STOW-RS, QIDO-RS and WADO-RS over the archive, with dicomweb-client on the other side)
     heads: Heads
     predictions: Predictions
     leases: Leases
@@ -63,11 +60,8 @@ def open_stores(settings: Settings) -> Stores:
         indexes=Indexes(database),
         database=database,
         catalog=Catalog(database, archive),
-<<<<<<< HEAD
         cohorts=Cohorts(database),
-=======
         studies=Studies(database),
->>>>>>> 3bd268d (DICOMweb: STOW-RS, QIDO-RS and WADO-RS over the archive, with dicomweb-client on the other side)
         heads=Heads(database),
         predictions=Predictions(database),
         leases=Leases(database),
