@@ -299,11 +299,20 @@ def padded(value, limit=None, syntax=uid.ExplicitVRLittleEndian, signed=True):
         (-2000, None, [[-3000, -1000], [500, 2000]]),  # below every window: as it is
         (1500, 3000, [[-3000, -1000], [-1000, -1000]]),
         (3000, 1500, [[-3000, -1000], [-1000, -1000]]),
+        (-2000, 0, [[-3000, -1000], [500, 2000]]),
         (7, None, [[-3000, -1000], [500, 2000]]),
     ],
 )
 def test_padding_is_never_brighter_than_air(tmp_path, syntax, value, limit, expected):
     assert read_hu(write_slice(tmp_path, padded(value, limit, syntax))).tolist() == expected
+
+
+def test_padding_is_found_under_a_negative_slope_too(tmp_path):
+    def change(dataset):
+        padded(-2000)(dataset)
+        dataset.RescaleSlope = -1
+
+    assert read_hu(write_slice(tmp_path, change)).tolist() == [[-1000, -1000], [-2500, -4000]]
 
 
 def test_unsigned_padding_is_found_too(tmp_path):

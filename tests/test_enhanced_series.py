@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -22,11 +23,14 @@ from models.encoders.timm_import import timm
 from models.heads.export import to_onnx, to_safetensors
 from models.specs import encoder_id
 from models.zoo import TEST
+from service import indexing
 from service.app import create_app
+from service.intake import take_in
 from service.settings import Settings
 from service.storage.catalog import Arrival
 from service.storage.keys import EmbeddingKey, HeatSpot
 from service.storage.stores import Stores
+from service.uploads import StagedFile
 from workers import pipeline
 from workers.explanations import heat_map
 from workers.resources import Resources
@@ -74,7 +78,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     for identity in (FRAMES, SINGLES):
         worker.stores.catalog.receive([Arrival(identity.series_uid, identity.study_uid, identity.patient_id)], encoder)
         assert pipeline.embed_series(identity.series_uid, encoder, worker)
-    pipeline.index_bags(worker)
+    indexing.index_bags(worker.stores, settings, worker.holder)
     ensemble = Ensemble([ABMIL(TEST.dim, 1)], one_of_n=False, temperature=[1.0]).eval()
     _, head = worker.stores.heads.add(encoder, ["nodule"], {}, {})
     worker.stores.heads.commit(head, to_safetensors(ensemble), to_onnx(ensemble, TEST.dim), {})
@@ -157,3 +161,37 @@ def test_what_leaves_as_dicom_names_the_frames(place):
     images = [item.ReferencedSOPSequence[0] for item in document.ContentSequence if item.ValueType == "IMAGE"]
     assert [int(each.ReferencedFrameNumber) for each in images] == [each["frame"] for each in top]
     assert report.status_code == 200
+
+
+def arrived(place: Place, folder: Path, contents: list[bytes]) -> dict:
+    """What the API says of the series in these files once a worker has embedded it."""
+    files = [StagedFile(folder / f"part-{k}", f"file-{k}") for k in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        file.path.write_bytes(content)
+    (series,) = take_in(files, folder, place.encoder, place.worker.stores, place.worker.settings).series
+    assert (series.received, series.set_aside) == (len(contents), [])
+    assert pipeline.embed_series(series.series_uid, place.encoder, place.worker)
+    return place.http.get(f"/v1/series/{series.series_uid}").json()
+
+
+def test_a_hundred_frames_come_in_as_one_instance(place, tmp_path):
+    identity = Identity("HUNDRED-FRAMES")
+    path = write_enhanced(tmp_path / "made", random_hu(slices=100), in_syntax(RLELossless), identity=identity)
+
+    series = arrived(place, tmp_path, [path.read_bytes()])
+
+    assert (series["received"], series["embeddings"][0]["slices"]) == (1, 100)
+    assert series["verdict"]["status"] == "accepted"
+    slices = place.http.get(f"/v1/series/{identity.series_uid}/embeddings").json()["slices"]
+    assert [each["frame"] for each in slices] == [*range(1, 101)]
+
+
+def test_the_real_multi_frame_files_are_embedded(place, data, tmp_path):
+    names = ["pydicom/eCT_Supplemental.dcm", "cornerstone/CT0012.fragmented_no_bot_jpeg_baseline.51.dcm"]
+
+    series = arrived(place, tmp_path, [(data / "oddities" / name).read_bytes() for name in names])
+
+    # both say the same series and differ in their SOPInstanceUIDs; their frames lie at the same two positions
+    assert (series["received"], series["geometry"]["slices"]) == (2, 2)
+    assert {each["reason"] for each in series["verdict"]["set_aside"]} == {"duplicate_position"}
+    assert sorted(each["frame"] for each in series["verdict"]["set_aside"]) == [1, 2]

@@ -4,11 +4,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from enhanced import write_enhanced
 from scipy.ndimage import map_coordinates
 from synthetic import random_hu, write_ct
 
 from models.ct.series import read_series
-from models.ct.volume import PREPARATIONS, UnusableVolume, read_volume
+from models.ct.volume import PREPARATIONS, UnusableVolume, prepare_volume, read_volume
 from models.ct.windows import Window
 
 WIDE = Window("wide", low=-1000.0, high=1000.0)
@@ -189,6 +190,18 @@ def test_no_header_can_ask_for_a_volume_of_nothing_or_of_gigabytes(tmp_path, pix
 
     with pytest.raises(UnusableVolume, match="expected two voxels at least in 5000 mm at most"):
         volume_of(write_ramp(tmp_path, change=spoil), (7, 24, 12))
+
+
+def test_the_frames_of_one_file_are_the_volume_that_single_slices_are(tmp_path):
+    hu = random_hu(slices=7)
+    shape, spacing = (1, 8, 16, 16), (5.0, 1.5, 1.5)
+    frames, singles = np.empty(shape, np.float32), np.empty(shape, np.float32)
+
+    series = prepare_volume([write_enhanced(tmp_path / "one", hu)], frames, spacing, WIDE, "merlin")
+    prepare_volume(write_ct(tmp_path / "many", hu), singles, spacing, WIDE, "merlin")
+
+    assert [each.frame for each in series.slices] == [1, 2, 3, 4, 5, 6, 7]
+    np.testing.assert_array_equal(frames, singles)
 
 
 def test_one_slice_is_no_volume(tmp_path):

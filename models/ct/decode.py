@@ -120,9 +120,10 @@ def _hu(dataset: FileDataset) -> NDArray[np.float32]:
         hu += intercept
     if not np.isfinite(hu.min() + hu.max()):
         raise UndecodableSlice("RescaleSlope or RescaleIntercept makes HU that are not finite")
-    if (padding := _padding(dataset)) and max(padding) * slope + intercept > AIR_HU:
+    if padding := _padding(dataset):
         low, high = padding
-        np.minimum(hu, AIR_HU, out=hu, where=(pixels >= low) & (pixels <= high))
+        if max(low * float(slope), high * float(slope)) + intercept > AIR_HU:
+            np.minimum(hu, AIR_HU, out=hu, where=(pixels >= low) & (pixels <= high))
     return hu
 
 
@@ -173,7 +174,7 @@ def _padding(dataset: FileDataset) -> tuple[int, int] | None:
     """The lowest and highest stored value that is padding and no measurement (PS3.3 C.7.5.1.1.2)."""
     try:
         first = int(dataset.PixelPaddingValue)
-        limit = int(dataset.get("PixelPaddingRangeLimit") or first)
+        limit = int(dataset.get("PixelPaddingRangeLimit", first))
     except (AttributeError, TypeError, ValueError):  # there is none, or it is no number
         return None
     signed, span = dataset.PixelRepresentation == 1, 2 ** int(dataset.BitsAllocated)

@@ -142,7 +142,7 @@ def _read_whole_unless_frames(path: Path) -> FileDataset:
     """Header and pixels; of a large file of many frames the header alone."""
     if path.stat().st_size > LARGE_FILE_BYTES:
         header = read_header(path)
-        with suppress(TypeError, ValueError, OverflowError):  # NumberOfFrames is no number, which screening will say
+        with suppress(Exception):  # NumberOfFrames is no number, which screening will say
             if is_multiframe(header):
                 return header
     return read_whole(path)
