@@ -294,3 +294,14 @@ def test_slices_that_come_by_network_later_make_another_embedding_of_the_whole_s
     assert received.catalog.claim(KEY, "worker", STALE, ATTEMPTS)
     commit(received)
     assert received.catalog.embedding("1.2.3", ENCODER).slices == 3
+
+
+def test_an_upload_of_what_came_by_network_already_makes_a_waiting_series_whole_and_changes_no_other(stores):
+    archive(stores, "1.2.3", "1")
+    stores.catalog.collect([ARRIVAL], ENCODER, QUIET)
+    stores.catalog.receive([ARRIVAL], ENCODER)
+    first = stores.catalog.series("1.2.3").whole_at
+    stores.catalog.receive([ARRIVAL], ENCODER)
+
+    assert first <= now()
+    assert stores.catalog.series("1.2.3").whole_at == first

@@ -329,8 +329,10 @@ def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive,
         for column, value in arrival.about.items():
             setattr(series, column, value)
     series.received, series.content, series.encoder_id = received, content, encoder_id
-    if changed or quiet is None:
+    if changed:
         _wait_for_more(series, quiet)
+    elif quiet is None:
+        series.whole_at = min(series.whole_at, now())
     session.flush()
     embedding = session.get(EmbeddingRow, (arrival.series_uid, encoder_id))
     if embedding is None:
