@@ -22,6 +22,7 @@ LAYOUT_VERSION = b"2"
 KEEP_VERSIONS = timedelta(minutes=5)  # a query that began on an old version is long over by then
 INDEX_CACHE_BYTES = 512 * 2**20  # the ANN index of two million rows
 METADATA_CACHE_BYTES = 64 * 2**20
+MARGIN = 8  # rows that rounding may have put behind the k-th
 MANY_FRAGMENTS = 16
 MANY_VERSIONS = 16
 MANY_UNINDEXED = 4096  # rows that every query reads beside the ANN index
@@ -125,31 +126,29 @@ class SliceIndex:
             self._open(name).delete(one_of("series_uid", series_uids))
 
     def nearest(
-        self,
-        name: str,
-        vector: NDArray[Any],
-        k: int,
-        where: str | None = None,
-        effort: Effort | None = None,
-        also: Sequence[str] = (),
+        self, name: str, vector: NDArray[Any], k: int, where: str | None = None, effort: Effort | None = None
     ) -> list[dict[str, Any]]:
         """The k rows of highest cosine among those that meet `where`, best first, with `score`.
 
-        By exact search where no effort is given. `also` names columns beside the identity.
+        By exact search where no effort is given. Lance rounds the query to float16, as the rows are: some rows more
+        than k are asked for, and scored again by the query as it is.
         """
+        single = vector.astype(np.float32)
         with self._readable(name):
-            query: Any = self._open(name).search(vector.astype(np.float32), vector_column_name="vector")
-            query = query.distance_type("cosine").limit(k).select([*IDENTITY, *also, "_distance"])
+            query: Any = self._open(name).search(single, vector_column_name="vector")
+            query = query.distance_type("cosine").limit(k if effort else k + MARGIN)
+            query = query.select([*IDENTITY, "vector", "_distance"])
             if effort is None:
                 query = query.bypass_vector_index()
             else:
                 query = query.nprobes(effort.nprobes).refine_factor(effort.refine)
             if where:
                 query = query.where(where, prefilter=True)
-            hits: list[dict[str, Any]] = query.to_list()
-        for hit in hits:
-            hit["score"] = 1.0 - hit.pop("_distance")
-        return hits
+            found: pyarrow.Table = query.to_arrow()
+        scores = _cosines(found, single)
+        best = np.argsort(-scores, kind="stable")[:k]
+        rows = found.select([*IDENTITY]).take(best).to_pylist()
+        return [{**row, "score": float(score)} for row, score in zip(rows, scores[best], strict=True)]
 
     def rows(self, name: str, where: str | None = None) -> "pyarrow.Table":
         """Whole rows, for checking them against the bags, or for other scores."""
@@ -243,6 +242,12 @@ class SliceIndex:
         except (RuntimeError, OSError, ValueError) as error:
             self._opened.pop(name, None)
             raise IndexBroken(f"table {name}: {type(error).__name__}") from error
+
+
+def _cosines(found: "pyarrow.Table", query: NDArray[np.float32]) -> NDArray[np.float32]:
+    vectors = np.asarray(found["vector"].combine_chunks().flatten()).reshape(len(found), len(query)).astype(np.float32)
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)
+    return np.asarray(vectors @ query / np.where(lengths, lengths, np.float32(1.0)))
 
 
 def _index_columns(table: "lancedb.table.Table") -> None:
