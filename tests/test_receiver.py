@@ -299,7 +299,6 @@ def test_a_disk_that_is_nearly_full_refuses_with_out_of_resources(tmp_path, plai
 
 
 def test_a_catalog_that_is_away_acknowledges_nothing(tmp_path, settings, plain_stores):
-    pytest.importorskip("psycopg")
     away = Catalog(Database("postgresql+psycopg://nobody@127.0.0.1:1/none"), plain_stores.archive)
     dataset = pydicom.dcmread(write_slice(tmp_path / "ct"))
     with receiving(settings, replace(plain_stores, catalog=away)):
