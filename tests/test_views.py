@@ -78,7 +78,10 @@ def test_a_key_gives_the_same_sample_whoever_asks_and_when(chests):
 
 def test_worker_processes_give_the_samples_that_one_process_gives(chests):
     views = Views(chests, config(lesion_crop=True), seed=1)
-    loader = DataLoader(views, batch_size=4, sampler=KEYS[:16], num_workers=2, collate_fn=collate)
+    # Not forked: what ran before in this process may have left OpenCV with threads (models/lecl/train.py).
+    loader = DataLoader(
+        views, batch_size=4, sampler=KEYS[:16], num_workers=2, collate_fn=collate, multiprocessing_context="spawn"
+    )
 
     for start, batch in enumerate(loader):
         here = collate([views[key] for key in KEYS[4 * start : 4 * start + 4]])
