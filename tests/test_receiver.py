@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -156,6 +157,13 @@ def test_it_answers_an_echo_under_its_own_name_only(receiver, settings):
 
     assert echo("KEYSLICE") == 0
     assert echo("OTHER") != 0
+
+
+def test_a_receiver_that_has_stopped_leaves_temporary_files_where_they_were(tmp_path, plain_stores):
+    before = tempfile.gettempdir()
+    with receiving(settings_in(tmp_path), plain_stores):
+        pass
+    assert tempfile.gettempdir() == before
 
 
 @pytest.mark.parametrize("name", SYNTAXES)

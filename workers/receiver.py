@@ -134,6 +134,7 @@ class Receiver:
                     told.add(association)
             time.sleep(0.002)
         time.sleep(LAST_ANSWER_SECONDS)
+        tempfile.tempdir = None  # the system's again
 
     def _folder(self) -> Path:
         """Where instances are written as they come, below the data directory: from there the archive links them.
