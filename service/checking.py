@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from service.drift import embedding_health
 from service.indexing import BAGS_PER_COMMIT, slice_rows
 from service.storage.index import IndexBroken, one_of
 from service.storage.keys import EmbeddingKey
@@ -41,7 +42,7 @@ def check_index(encoder_id: str, stores: Stores) -> Checked:
 
 
 def index_stats(stores: Stores) -> list[dict[str, Any]]:
-    """Per encoder: how much there is, how much waits, and what the ANN index was measured to find."""
+    """Per encoder: how much there is and waits, what the ANN index was measured to find, how embeddings change."""
     waiting = Counter(key.encoder_id for key, _ in stores.indexes.not_indexed(10**9))
     found = []
     for encoder_id in stores.indexes.encoders():
@@ -63,6 +64,7 @@ def index_stats(stores: Stores) -> list[dict[str, Any]]:
                 "recall": row and row.recall,
                 "effort": {"nprobes": row.nprobes, "refine": row.refine} if row and row.nprobes else None,
                 "measured": row and row.measured,
+                "health": embedding_health(encoder_id, stores),
             }
         )
     return found

@@ -6,6 +6,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from models.health import bag_health
 from service.recall import draw_probes, measure_recall
 from service.settings import Settings
 from service.storage.index import IndexBroken, SliceRows
@@ -190,7 +191,8 @@ def slice_rows(key: EmbeddingKey, content: str, stores: Stores) -> SliceRows:
 
 
 def _indexed(rows: SliceRows, content: str) -> Indexed:
-    return Indexed(rows.key, content, rows.bag.shape[0] * rows.bag.shape[1], mean_vector(rows.bag))
+    count = rows.bag.shape[0] * rows.bag.shape[1]
+    return Indexed(rows.key, content, count, mean_vector(rows.bag), bag_health(rows.bag))
 
 
 def mean_vector(bag: NDArray[np.float16]) -> NDArray[np.float16]:

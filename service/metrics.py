@@ -1,12 +1,16 @@
 """What Prometheus reads: counts and ages from the catalog, and how long this process took to answer.
 
-Labels are states, encoders, routes as templates, statuses: never a path, which may hold a patient's id.
+Labels are states, encoders, vendors of a closed list, routes as templates, statuses: never a path, which may hold
+a patient's id, and never what a file says.
 """
 
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -14,6 +18,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.drift import FIRST, norm_drift, ranks
 from service.errors import BrokerDown
 from service.queue import Queue
 from service.storage.stores import Stores
@@ -21,6 +26,8 @@ from service.storage.tables import now
 
 BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds
 UNMATCHED = "none"  # no route has this path
+NEWEST = 200  # bags of an encoder whose health is told
+VENDORS = ("GE", "SIEMENS", "PHILIPS", "CANON", "TOSHIBA", "FUJIFILM", "HITACHI", "UIH", "NEUSOFT", "SAMSUNG")
 
 
 class FromStores(Collector):
@@ -69,15 +76,12 @@ class FromStores(Collector):
         yield GaugeMetricFamily(
             "keyslice_oldest_waiting_seconds", "of the series that waits longest for a worker", value=waited
         )
+        yield from health_metrics(sorted({each.encoder_id for each in counts}), self._stores)
         canary, last = self._stores.canaries.last(), self._stores.catalog.last_embedded_at()
         times = [when for when in (last, canary and canary[0]) if when is not None]
         if times:
             ago = (now() - max(times)).total_seconds()
             yield GaugeMetricFamily("keyslice_embedded_seconds_ago", "since a worker last embedded a slice", value=ago)
-        if canary is not None:
-            yield GaugeMetricFamily(
-                "keyslice_canary_cosine", "lowest of any encoder's canary to its first embedding", value=canary[1]
-            )
 
     def _broker(self) -> Iterator[Metric]:
         try:
@@ -87,6 +91,37 @@ class FromStores(Collector):
         except BrokerDown:
             broker_up = 0
         yield GaugeMetricFamily("keyslice_broker_up", "1 where the broker answers", value=broker_up)
+
+
+def health_metrics(encoder_ids: Sequence[str], stores: Stores) -> Iterator[Metric]:
+    """Of the newest bags by vendor, and of the canary."""
+    labels = ["encoder", "vendor"]
+    rank = GaugeMetricFamily("keyslice_effective_rank", "of a bag, mean over the newest", labels=labels)
+    moved = GaugeMetricFamily(
+        "keyslice_norm_drift", "of the newest bags from the encoder's first, in standard deviations", labels=labels
+    )
+    for encoder_id in encoder_ids:
+        reference, newest = stores.health.first(encoder_id, FIRST), defaultdict(list)
+        for each in stores.health.last(encoder_id, NEWEST):
+            newest[vendor(each.manufacturer)].append(each)
+        for name, bags in sorted(newest.items()):
+            if with_rank := ranks(bags):
+                rank.add_metric([encoder_id, name], fmean(with_rank))
+            drift = norm_drift(fmean(each.norm for each in bags), reference)
+            if drift is not None:
+                moved.add_metric([encoder_id, name], drift)
+    cosine = GaugeMetricFamily(
+        "keyslice_canary_cosine", "of the canary's last embedding to its first", labels=["encoder"]
+    )
+    for encoder_id, value in stores.canaries.cosines().items():
+        cosine.add_metric([encoder_id], value)
+    yield from (rank, moved, cosine)
+
+
+def vendor(manufacturer: str) -> str:
+    """One of VENDORS, or `other`: what a file says is no label."""
+    words = re.split("[^A-Z]+", manufacturer.upper())
+    return next((name.lower() for name in VENDORS if name in words), "other")
 
 
 class Timed:

@@ -8,6 +8,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
+from models.health import BagHealth
 from service.errors import NotEmbeddedYet, OtherEncoder, PatientNotFound, SeriesNotFound
 from service.storage.catalog import Arrival, Quiet
 from service.storage.indexes import Indexed
@@ -35,7 +36,7 @@ def commit(stores: Stores, key: EmbeddingKey = KEY) -> str:
 
 
 def indexed(content: str) -> Indexed:
-    return Indexed(KEY, content, rows=4, mean=np.ones(8, np.float16))
+    return Indexed(KEY, content, rows=4, mean=np.ones(8, np.float16), health=BagHealth(2.8, 0.0, 1.0))
 
 
 @pytest.fixture

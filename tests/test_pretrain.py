@@ -21,7 +21,7 @@ from models.lecl.order import Order, Parts
 from models.lecl.ranks import joined
 from models.lecl.stop import Stop
 from models.lecl.training import Diverged, learning_rate
-from models.lecl.watch import WINDOW, Watch, effective_rank
+from models.lecl.watch import WINDOW, Watch
 from tests.pretraining import StopAfter, ToyPretraining, ToyViews, toy_config, toy_run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "models/lecl/configs"
@@ -305,15 +305,6 @@ def test_spread_against_a_slow_loop():
         mean = sum(column) / 20
         deviations.append(math.sqrt(sum((x - mean) ** 2 for x in column) / 20))
     assert watch.spread().feature_std == pytest.approx(sum(deviations) / 6 * math.sqrt(6), rel=1e-5)
-
-
-def test_effective_rank_by_hand():
-    # Singular values 3 and 1: shares 3/4 and 1/4, entropy 2 ln 2 - 3/4 ln 3 (Roy and Vetterli 2007, Definition 1).
-    assert effective_rank(torch.diag(torch.tensor([3.0, 1.0, 0.0]))) == pytest.approx(4 / 3**0.75)
-    assert effective_rank(torch.eye(5)) == pytest.approx(5)
-    assert effective_rank(torch.ones(4, 3)) == pytest.approx(1, abs=1e-3)
-    assert effective_rank(torch.zeros(4, 3)) == 1
-    assert math.isnan(effective_rank(torch.tensor([[math.nan, 1.0], [0.0, 1.0]])))
 
 
 def test_only_the_last_embeddings_are_watched():

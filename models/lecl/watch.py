@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.health import effective_rank
+
 WINDOW = 1024  # embeddings looked at, the last ones
 ENOUGH = 64  # embeddings, below which no alarm is raised: so few say little about a distribution
 # 1 is the spread of directions drawn evenly from the sphere; at a mean cosine c between embeddings it is at most
@@ -63,19 +65,5 @@ class Watch:
         centred = directions - directions.mean(dim=0)
         deviation = centred.square().mean(dim=0).sqrt().mean()
         dim = centred.shape[1]
-        return Spread(float(deviation) * math.sqrt(dim), effective_rank(centred), len(centred), dim)
-
-
-def effective_rank(matrix: Tensor) -> float:
-    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007, Definition 1).
-
-    1 for a matrix of zeros, NaN where a value is not finite.
-    """
-    if not matrix.isfinite().all():
-        return math.nan
-    values = torch.linalg.svdvals(matrix.float())
-    total = values.sum()
-    if not total > 0:
-        return 1.0
-    shares = values / total
-    return float(torch.special.entr(shares).sum().exp())
+        rank = effective_rank(centred.double().cpu().numpy())
+        return Spread(float(deviation) * math.sqrt(dim), rank, len(centred), dim)

@@ -11,13 +11,14 @@ from service.terminal import console, fail, read_settings
 index = typer.Typer(no_args_is_help=True, help="The similarity index: figures, a check against the bags, a rebuild.")
 
 DIFFERENT = 3  # exit status
+GROUPS = 40  # of months and scanners that the table shows
 AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
 Encoder = Annotated[str | None, typer.Option(help="id, as `keyslice index stats` lists it; every one if none")]
 
 
 @index.command(epilog="Example: keyslice index stats --json")
 def stats(as_json: AsJson = False) -> None:
-    """Rows, disk, the ANN index and its measured recall, per encoder."""
+    """Rows, disk, the ANN index and its measured recall, per encoder; how its embeddings change, by scanner."""
     from service.checking import index_stats
     from service.storage.stores import open_stores
 
@@ -29,6 +30,8 @@ def stats(as_json: AsJson = False) -> None:
     for each in found:
         table.add_row(*map(_cell, _columns(each)))
     console().print(table)
+    for each in found:
+        _health(each["encoder_id"], each["health"])
 
 
 @index.command(epilog="Example: keyslice index check --json")
@@ -91,6 +94,36 @@ def _columns(each: dict[str, Any]) -> list[Any]:
         each["recall"] if each["recall"] is None else f"{each['recall']:.3f}",
         effort,
     ]
+
+
+def _health(encoder_id: str, told: dict[str, Any]) -> None:
+    if reference := told["reference"]:
+        rank = _number(reference["effective_rank"], 1)
+        say = f"first {reference['bags']} bags: norm {reference['norm']:.2f}, rank {rank}"
+        typer.echo(f"\n{encoder_id}, {say}; drift is from these, in standard deviations")
+        names = ("month", "manufacturer", "kernel", "bags", "norm", "spread", "drift", "rank", "drift")
+        table = Table(*names, box=None)
+        for each in told["by_scanner"][:GROUPS]:
+            figures = (each["norm"], each["norm_spread"], each["norm_drift"])
+            ranks = (each["effective_rank"], each["rank_drift"])
+            table.add_row(
+                *map(_cell, (each["month"], each["manufacturer"] or None, each["kernel"] or None, each["bags"])),
+                *(_number(value, 2) for value in figures),
+                *(_number(value, 1) for value in ranks),
+            )
+        console().print(table)
+        if len(told["by_scanner"]) > GROUPS:
+            typer.echo(f"{len(told['by_scanner'])} rows in all: --json has them")
+    if days := told["canary"]:
+        worst = min(days, key=lambda day: day["lowest_cosine"])
+        checks = sum(day["checks"] for day in days)
+        typer.echo(
+            f"canary of {encoder_id}: {checks} checks, lowest cosine {worst['lowest_cosine']:.6f} on {worst['day']}"
+        )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _cell(value: Any) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import and_, func, or_, select, update
 
+from models.health import BagHealth
 from service.storage.database import Database
 from service.storage.index import Effort, SliceIndex
 from service.storage.keys import EmbeddingKey
@@ -24,6 +25,7 @@ class Indexed:
     content: str
     rows: int
     mean: NDArray[np.float16]  # the series in one vector
+    health: BagHealth
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,8 @@ def _note_indexed(session: Any, each: Indexed) -> None:
     if row is None:  # erased meanwhile; the next upkeep takes its rows out
         return
     row.indexed_content, row.indexed_rows = each.content, each.rows
+    row.norm, row.norm_spread = each.health.norm, each.health.norm_spread
+    row.effective_rank = each.health.effective_rank
     if row.state == "embedded" and row.content == each.content:
         row.state = "indexed"
     session.merge(_pooled(each.key, MEAN, each.content, each.mean))

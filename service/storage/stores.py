@@ -11,6 +11,7 @@ from service.storage.cohorts import Cohorts
 from service.storage.database import Database, upgrade
 from service.storage.figures import Figures
 from service.storage.heads import Heads
+from service.storage.health import Health
 from service.storage.heatmaps import HeatMaps
 from service.storage.index import SliceIndex
 from service.storage.indexes import Indexes
@@ -37,6 +38,7 @@ class Stores:
     leases: Leases
     canaries: Canaries
     figures: Figures
+    health: Health
     heatmaps: HeatMaps
     selection: Selection
     tags: Tags
@@ -67,6 +69,7 @@ def open_stores(settings: Settings) -> Stores:
         leases=Leases(database),
         canaries=Canaries(database),
         figures=Figures(database),
+        health=Health(database),
         heatmaps=HeatMaps(root / "heatmaps"),
         selection=Selection(database),
         tags=Tags(database),

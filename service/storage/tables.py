@@ -13,6 +13,7 @@ from sqlalchemy import (
     MetaData,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -124,7 +125,21 @@ class EmbeddingRow(Work, Row):
     indexed_content: Mapped[str | None]  # of the bag whose rows are in the index
     indexed_rows: Mapped[int | None]  # how many they are
 
-    __table_args__ = (Index("ix_embeddings_encoder_state", "encoder_id", "state"),)
+    # Of the bag whose rows are in the index, as models/health.py has them.
+    norm: Mapped[float | None]
+    norm_spread: Mapped[float | None]
+    effective_rank: Mapped[float | None]
+
+    __table_args__ = (
+        Index("ix_embeddings_encoder_state", "encoder_id", "state"),
+        Index(
+            "ix_embeddings_measured",
+            "encoder_id",
+            "embedded_at",
+            sqlite_where=text("norm IS NOT NULL"),
+            postgresql_where=text("norm IS NOT NULL"),
+        ),
+    )
 
 
 class IndexRow(Row):
@@ -257,3 +272,14 @@ class CanaryRow(Row):
     reference: Mapped[bytes] = mapped_column(LargeBinary)  # (windows * dim) float32
     cosine: Mapped[float]
     checked_at: Mapped[datetime]
+
+
+class CanaryDayRow(Row):
+    """How far the canary's embeddings of one day came from the first ever."""
+
+    __tablename__ = "canary_days"
+
+    encoder_id: Mapped[str] = mapped_column(ForeignKey(CanaryRow.encoder_id), primary_key=True)
+    day: Mapped[str] = mapped_column(primary_key=True)  # YYYY-MM-DD, UTC
+    lowest: Mapped[float]  # cosine
+    checks: Mapped[int]
