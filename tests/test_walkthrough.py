@@ -25,7 +25,8 @@ SPEC = ENCODERS["efficientnet_lite0"]
 @pytest.fixture(scope="module")
 def series_uid(http: httpx.Client, lidc_0001: list[Path]) -> str:
     (series,) = embed(http, [("series.tar", tarred(read(lidc_0001)))])["series"]
-    assert (series["received"], series["duplicates"], series["set_aside"]) == (133, 0, [])
+    # Another test may have sent it by another door.
+    assert (series["received"] + series["duplicates"], series["set_aside"]) == (133, [])
     return series["series_uid"]
 
 
