@@ -7,9 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from service.features.formats import FORMATS, FormatName
+from service.schemas.features import DRAWN, MOST_DRAWN
 from service.terminal import Service, asked, console, fail
 
 features = typer.Typer(no_args_is_help=True, help="Take a cohort's features away.")
+INCOMPLETE = 3  # exit status
 SUFFIXES = ", ".join(f"{form.suffix} is {name}" for name, form in FORMATS.items())
 
 Many = list[str] | None
@@ -62,6 +64,47 @@ def get(
         typer.echo(json.dumps(said))
     else:
         typer.echo(f"{path}: {said['slices']} slices of {said['series']} series, {said['bytes'] / 1e6:.1f} MB")
+
+
+@features.command("map", epilog="Example: keyslice features map --out chest.html --body-part CHEST --window lung")
+def draw_map(
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("map.html"),
+    limit: Annotated[
+        int, typer.Option(min=1, max=MOST_DRAWN, help="slices at a window, drawn from all that meet the filter")
+    ] = DRAWN,
+    seed: Annotated[int, typer.Option(min=0, help="of the draw and of t-SNE")] = 0,
+    encoder: EncoderName = None,
+    window: Annotated[Many, typer.Option("--window", help="may be repeated; all if none")] = None,
+    patient_id: PatientId = None,
+    study_uid: StudyUid = None,
+    series_uid: SeriesUid = None,
+    date_from: DateFrom = None,
+    date_to: DateTo = None,
+    modality: Condition = None,
+    body_part: Condition = None,
+    manufacturer: Condition = None,
+    kernel: Condition = None,
+    verdict: Verdict = None,
+    patient_ids: Annotated[bool, typer.Option("--patient-ids", help="patients' ids instead of opaque keys")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the coordinates too")] = False,
+    service: Service = None,
+) -> None:
+    """Write one page that shows a cohort's embeddings in two dimensions, with pictures; works without a network.
+
+    Exit status 3 where pictures are missing.
+    """
+    from service.features.cohort_map import make_map, without_pictures
+
+    _writable(out)
+    query = _query(locals()) | {"count": limit, "seed": seed, "window": window or []}
+    told = asked(service, lambda http: make_map(http, query, out, console(to_stderr=True)))
+    points = told["points"]
+    if as_json:
+        typer.echo(json.dumps(without_pictures(told)))
+    else:
+        typer.echo(f"{out}: {len(points)} of {told['instances']} instances, {told['series']} series")
+    if missing := sum(point["picture"] is None for point in points):
+        fail(f"{missing} of {len(points)} pictures are missing: the service has none for them", status=INCOMPLETE)
 
 
 def _query(options: dict[str, Any]) -> dict[str, Any]:

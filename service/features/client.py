@@ -2,9 +2,10 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from rich.console import Console
@@ -25,25 +26,15 @@ def format_of(path: Path) -> FormatName | None:
 
 
 def download(http: httpx.Client, query: Mapping[str, Any], path: Path, console: Console) -> dict[str, Any]:
-    """Write the cohort under a temporary name beside `path`, flush, rename. Raises CallFailed or OSError."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file, streamed(http, "/v1/features", query, TIMEOUT) as response:
-            bar = TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
-            with Progress(*bar, console=console) as progress:
-                task = progress.add_task(f"{response.headers['X-Keyslice-Series']} series", total=None)
-                for piece in response.iter_bytes():
-                    file.write(piece)
-                    progress.advance(task, len(piece))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        temporary.chmod(0o666 & ~_umask())
-        temporary.rename(path)
-        fsync_path(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write the cohort to `path`: all of it, or nothing. Raises CallFailed or OSError."""
+    with replacing(path) as file, streamed(http, "/v1/features", query, TIMEOUT) as response:
+        bar = TextColumn("{task.description}"), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn()
+        with Progress(*bar, console=console) as progress:
+            task = progress.add_task(f"{response.headers['X-Keyslice-Series']} series", total=None)
+            for piece in response.iter_bytes():
+                file.write(piece)
+                progress.advance(task, len(piece))
+        size = file.tell()
     said = response.headers
     return {
         "path": str(path),
@@ -53,6 +44,23 @@ def download(http: httpx.Client, query: Mapping[str, Any], path: Path, console: 
         "series": int(said["X-Keyslice-Series"]),
         "slices": int(said["X-Keyslice-Slices"]),
     }
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file under a temporary name beside `path`; at the end it is flushed and renamed, after an error removed."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.rename(path)
+        fsync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -7,12 +7,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
-from service.deps import EncodersDep, SettingsDep, StoresDep
+from service.deps import EncoderNames, EncodersDep, SettingsDep, StoresDep
 from service.errors import EmptyCohort
 from service.features.bags import Cohort, picked, read_cohort
 from service.features.formats import FORMATS
-from service.schemas.features import FeatureQuery
+from service.features.sample import sample
+from service.schemas.features import EmbeddedQuery, FeatureQuery, SampleQuery
 from service.storage.cohorts import CohortFilter
+from service.storage.stores import Stores
 
 router = APIRouter(prefix="/v1/features", tags=["features"])
 
@@ -28,6 +30,27 @@ def get_features(
     query: Annotated[FeatureQuery, Query()], stores: StoresDep, settings: SettingsDep, encoders: EncodersDep
 ) -> StreamingResponse:
     """The embeddings of all series that meet the filter, with their receipts, in one file."""
+    cohort = _cohort(query, stores, encoders)
+    settings.staging_dir.mkdir(parents=True, exist_ok=True)
+    form = FORMATS[query.format]
+    content = form.write(read_cohort(cohort, stores), about(cohort), cohort.dim, settings.staging_dir)
+    headers = {"Content-Disposition": f'attachment; filename="features{form.suffix}"'} | _said(cohort)
+    return StreamingResponse(content, media_type=form.media_type, headers=headers)
+
+
+@router.get(
+    "/sample", response_class=StreamingResponse, responses={200: {"content": {FORMATS["arrow"].media_type: BINARY}}}
+)
+def get_sample(query: Annotated[SampleQuery, Query()], stores: StoresDep, encoders: EncodersDep) -> StreamingResponse:
+    """Some instances of the series that meet the filter, drawn evenly, with the series' tags, as an Arrow stream."""
+    cohort = _cohort(query, stores, encoders)
+    told = about(cohort) | {"seed": query.seed}
+    content = sample(cohort, told, query.count, query.seed, stores)
+    return StreamingResponse(content, media_type=FORMATS["arrow"].media_type, headers=_said(cohort))
+
+
+def _cohort(query: EmbeddedQuery, stores: Stores, encoders: EncoderNames) -> Cohort:
+    """Raises EmptyCohort, WindowNotFound, and what names of encoders do."""
     encoder_id, spec = encoders.id(query.encoder), encoders.spec(query.encoder)
     here = [window.name for window in spec.windows]
     windows = [here[k] for k in sorted(picked(here, query.window))] if query.window else here
@@ -35,18 +58,16 @@ def get_features(
     series, slices = stores.cohorts.size(chosen, encoder_id)
     if not series:
         raise EmptyCohort(f"no series with embeddings of {encoder_id} meets the filter")
-    cohort = Cohort(chosen, encoder_id, windows, spec.dim, query.patients == "id", series, slices)
-    settings.staging_dir.mkdir(parents=True, exist_ok=True)
-    form = FORMATS[query.format]
-    content = form.write(read_cohort(cohort, stores), about(cohort), cohort.dim, settings.staging_dir)
-    headers = {
-        "Content-Disposition": f'attachment; filename="features{form.suffix}"',
-        "X-Keyslice-Encoder": encoder_id,
-        "X-Keyslice-Windows": ",".join(windows),
-        "X-Keyslice-Series": str(series),
-        "X-Keyslice-Slices": str(slices),
+    return Cohort(chosen, encoder_id, windows, spec.dim, query.patients == "id", series, slices)
+
+
+def _said(cohort: Cohort) -> dict[str, str]:
+    return {
+        "X-Keyslice-Encoder": cohort.encoder_id,
+        "X-Keyslice-Windows": ",".join(cohort.windows),
+        "X-Keyslice-Series": str(cohort.series),
+        "X-Keyslice-Slices": str(cohort.slices),
     }
-    return StreamingResponse(content, media_type=form.media_type, headers=headers)
 
 
 def about(cohort: Cohort) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from service.storage.keys import EmbeddingKey
 from service.storage.tables import EmbeddingRow, PatientRow, SeriesRow
 
 PAGE = 500  # series of one query
+COUNTED = 10_000  # of a query for nothing but their sizes
 MODEL = "00081090"  # ManufacturerModelName, as SeriesRow.header names it
 
 
@@ -62,6 +63,19 @@ class Cohorts:
         while page := self._page(chosen, encoder_id, after):
             yield from page
             after = page[-1].key.series_uid
+
+    def slices(self, chosen: CohortFilter, encoder_id: str) -> Iterator[tuple[str, int]]:
+        """Series UIDs, each with how many slices it has, in the order of their UIDs."""
+        query = _chosen(chosen, encoder_id).with_only_columns(SeriesRow.series_uid, EmbeddingRow.slices)
+        after = ""
+        while True:
+            page = query.where(SeriesRow.series_uid > after).order_by(SeriesRow.series_uid).limit(COUNTED)
+            with self._database.read() as session:
+                found = [(series_uid, slices or 0) for series_uid, slices in session.execute(page)]
+            if not found:
+                return
+            yield from found
+            after = found[-1][0]
 
     def member(self, key: EmbeddingKey) -> Member | None:
         """As it is now."""
