@@ -348,3 +348,11 @@ def test_the_other_large_real_series_runs_whole(http, data):
 
     npy = http.get(f"/v1/series/{series['series_uid']}/embeddings", headers={"Accept": "application/x-npy"})
     assert np.load(io.BytesIO(npy.content)).shape == (count, 2, 1280) == (275, 2, 1280)
+
+
+def test_a_picture_is_shown_from_low_to_high_hu(http, series_uid):
+    at = f"/v1/series/{series_uid}/slices/66/image"
+    named = http.get(at, params={"window": "lung"}).content
+    assert http.get(at, params={"low": -1500, "high": 500}).content == named
+    for query in ({"low": 3}, {"high": 3}, {"low": 3, "high": 3}, {"low": 1e9, "high": 2}):
+        assert http.get(at, params=query).status_code == 422

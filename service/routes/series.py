@@ -10,9 +10,9 @@ from starlette.concurrency import run_in_threadpool
 
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
-from models.ct.windows import WINDOWS, apply_window
+from models.ct.windows import WINDOWS, Window, apply_window
 from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep
-from service.errors import NotEmbeddedYet, SliceNotFound, WindowNotFound
+from service.errors import BadQuery, NotEmbeddedYet, SliceNotFound, WindowNotFound
 from service.intake import Intake, take_in
 from service.queue import Queue
 from service.schemas.base import Text
@@ -109,11 +109,15 @@ def get_series(series_uid: Text, stores: StoresDep) -> Series:
     responses={200: {"content": {"image/png": {}}}},
 )
 def get_image(
-    series_uid: Text, slice_number: int, stores: StoresDep, window: Annotated[Text, Query()] = "abdomen"
+    series_uid: Text,
+    slice_number: int,
+    stores: StoresDep,
+    window: Annotated[Text, Query()] = "abdomen",
+    low: Annotated[int | None, Query(ge=-32768, le=32767, description="HU shown black; with `high`")] = None,
+    high: Annotated[int | None, Query(ge=-32768, le=32767, description="HU shown white; with `low`")] = None,
 ) -> Response:
-    """The slice at a window, as an 8-bit PNG of its own rows and columns."""
-    if window not in WINDOWS:
-        raise WindowNotFound(f"no window {window!r}, expected one of {', '.join(WINDOWS)}")
+    """The slice at a window, a named one or from `low` to `high`, as an 8-bit PNG of its own rows and columns."""
+    shown_at = _window(window, low, high)
     embedded = [row for row in stores.catalog.series(series_uid).embeddings if row.content]
     if not embedded:
         raise NotEmbeddedYet(f"series {series_uid} has no numbered slices before it is embedded")
@@ -127,10 +131,20 @@ def get_image(
     except UndecodableSlice as error:
         raise SliceNotFound(f"slice {slice_number} can no longer be read: {error}") from error
     picture = io.BytesIO()
-    Image.fromarray(np.round(apply_window(hu, WINDOWS[window]) * 255).astype(np.uint8)).save(picture, "PNG")
+    Image.fromarray(np.round(apply_window(hu, shown_at) * 255).astype(np.uint8)).save(picture, "PNG")
     # A minute: slices that come later may move the numbers.
     headers = {"Cache-Control": "private, max-age=60"}
     return Response(picture.getvalue(), media_type="image/png", headers=headers)
+
+
+def _window(name: str, low: int | None, high: int | None) -> Window:
+    if low is None and high is None:
+        if name not in WINDOWS:
+            raise WindowNotFound(f"no window {name!r}, expected one of {', '.join(WINDOWS)}")
+        return WINDOWS[name]
+    if low is None or high is None or low >= high:
+        raise BadQuery(f"low {low} and high {high} are no window, expected both, and low below high")
+    return Window("free", low, high)
 
 
 def _ask(intake: Intake, stores: Stores, queue: Queue) -> UploadReceived:
