@@ -11,7 +11,7 @@ WEB = Path(__file__).resolve().parent.parent / "web"
 
 # Nothing from elsewhere, no script in the markup: what a patient's name might hold is never run.
 HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
     "Cache-Control": "no-cache",  # asked for again each time, and mostly not sent again
 }
 
