@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any, TypedDict
@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from service import errors
 from service.deps import EncoderNames, cached_heads
 from service.dicomweb.addresses import PREFIX
+from service.erasing import Eraser
 from service.metrics import FromStores, Timed
 from service.queue import Queue
 from service.routes import (
@@ -27,6 +28,7 @@ from service.routes import (
     dicomweb,
     embeddings,
     encoders,
+    erasures,
     explanations,
     features,
     heads,
@@ -57,6 +59,7 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.NotAcceptable: 406,
     errors.BadRequest: 422,
     errors.BrokerDown: 503,
+    errors.ErasureUnfinished: 503,
     errors.WorkersBusy: 503,
 }
 
@@ -85,7 +88,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         queue = Queue(settings, stores)
         collector = FromStores(stores, queue, settings.data_dir)
         registry.register(collector)
-        sweeper = asyncio.create_task(_sweep_for_ever(queue, settings.sweep_seconds))
+        sweeper = asyncio.create_task(_sweep_for_ever(queue.sweep, settings.sweep_seconds))
+        eraser = asyncio.create_task(_sweep_for_ever(Eraser(stores, queue, settings).sweep, settings.sweep_seconds))
         yield {
             "settings": settings,
             "stores": stores,
@@ -94,6 +98,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "heads": cached_heads(stores),
         }
         sweeper.cancel()
+        eraser.cancel()
         registry.unregister(collector)
         queue.close()
         stores.close()
@@ -113,6 +118,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         series,
         dicomweb,
         wado,
+        erasures,
         embeddings,
         features,
         predictions,
@@ -142,11 +148,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-async def _sweep_for_ever(queue: Queue, seconds: float) -> None:
+async def _sweep_for_ever(sweep: Callable[[], None], seconds: float) -> None:
     while True:
         await asyncio.sleep(seconds)
         try:
-            await run_in_threadpool(queue.sweep)
+            await run_in_threadpool(sweep)
         except errors.BrokerDown as error:
             log.warning("sweep: %s", error)
         except Exception as error:  # a catalog that is away comes back; the sweep must be there then

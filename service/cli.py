@@ -11,6 +11,7 @@ from models.heads.options import Baseline, HeadOptions, Network, Protocol, Task
 from models.modes import COSINE, Mode, in_mode
 from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence
 from models.zoo import encoders as all_encoders
+from service.commands.erase import erase
 from service.commands.features import features
 from service.commands.index import index
 from service.commands.receive import receive
@@ -43,6 +44,9 @@ def up() -> None:
 
 
 app.command(epilog="Example: keyslice receive --aet KEYSLICE --port 11112")(receive)
+
+
+app.command(epilog="Example: keyslice erase 1.2.840.113619.2.55.3.604")(erase)
 
 
 @app.command(epilog="Example: keyslice demo ~/ct/series.tar.xz --oneshot")

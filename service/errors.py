@@ -5,7 +5,7 @@ KeysliceError
 │   ├── SeriesNotFound, PatientNotFound, StudyNotFound, SliceNotFound
 │   ├── InstanceNotFound, FrameNotFound, BulkDataNotFound
 │   ├── EncoderNotFound, WindowNotFound, LabelNotFound
-│   ├── HeadNotFound, JobNotFound, PredictionNotFound
+│   ├── HeadNotFound, JobNotFound, PredictionNotFound, ErasureNotFound
 │   └── EmptyCohort
 ├── BadRequest
 │   ├── BadUpload            EmptyUpload, BadArchive, NothingUsable, UploadTooLarge
@@ -16,10 +16,12 @@ KeysliceError
 │   ├── NotEmbeddedYet, NotIndexedYet, BagGone
 │   ├── HeadNotReady, HeadsDiffer
 │   ├── OtherEncoder
+│   ├── BeingErased
 │   └── WeightsNotHere
 ├── LicenceNotAccepted
 ├── PeerNotAllowed, PeerFailed
 ├── BrokerDown
+├── ErasureUnfinished
 └── WorkersBusy
 """
 
@@ -88,6 +90,10 @@ class JobNotFound(NotFound):
 
 class PredictionNotFound(NotFound):
     """No prediction of this id was given."""
+
+
+class ErasureNotFound(NotFound):
+    """No erasure of this id."""
 
 
 class EmptyCohort(NotFound):
@@ -166,6 +172,10 @@ class OtherEncoder(Conflict):
     """Embeddings of different encoders do not mix."""
 
 
+class BeingErased(Conflict):
+    """The series is just being erased; what comes afterwards is a new series."""
+
+
 class WeightsNotHere(Conflict):
     """The encoder's weights are not on this machine."""
 
@@ -184,6 +194,10 @@ class PeerFailed(KeysliceError):
 
 class BrokerDown(KeysliceError):
     """The message broker does not answer."""
+
+
+class ErasureUnfinished(KeysliceError):
+    """Something still holds what is to be erased. It is out of sight already, and the service goes on by itself."""
 
 
 class WorkersBusy(KeysliceError):

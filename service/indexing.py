@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.health import bag_health
+from service.errors import SeriesNotFound
 from service.recall import draw_probes, measure_recall
 from service.settings import Settings
 from service.storage.index import IndexBroken, SliceRows
@@ -55,7 +56,7 @@ def rebuild_index(encoder_id: str, stores: Stores, settings: Settings, holder: s
     with stores.leases.hold(LEASE, holder, LEASE_SECONDS) as held:
         if held is None:
             return False
-        _rebuild(stores.indexes.started(encoder_id), stores, settings, held)
+        rebuild(stores.indexes.started(encoder_id), stores, settings, held)
         return True
 
 
@@ -67,18 +68,25 @@ def _index_some(stores: Stores, settings: Settings, held: Held) -> bool:
     encoder_id = waiting[0][0].encoder_id
     row = stores.indexes.started(encoder_id)
     if row.broken or not _is_whole(row, stores):
-        _rebuild(row, stores, settings, held)
+        rebuild(row, stores, settings, held)
         return True
     group = [(key, content) for key, content in waiting if key.encoder_id == encoder_id]
-    bags = [slice_rows(key, content, stores) for key, content in group]
+    bags = []
+    for key, content in group:
+        try:
+            bags.append((slice_rows(key, content, stores), content))
+        except SeriesNotFound:  # erased meanwhile
+            continue
+    if not bags:
+        return True
     held.check()
-    stores.index.replace(row.table_name, bags)
+    stores.index.replace(row.table_name, [bag for bag, _ in bags])
     try:
         held.check()
     except LeaseLost:  # somebody may have written the same rows beside these
-        stores.indexes.forget(encoder_id, [key.series_uid for key, _ in group])
+        stores.indexes.forget(encoder_id, [bag.key.series_uid for bag, _ in bags])
         raise
-    stores.indexes.indexed([_indexed(bag, content) for bag, (_, content) in zip(bags, group, strict=True)])
+    stores.indexes.indexed([_indexed(bag, content) for bag, content in bags])
     return True
 
 
@@ -98,7 +106,7 @@ def _mend(row: IndexRow, stores: Stores, settings: Settings, held: Held) -> None
         except IndexBroken as error:
             log.warning("index of %s: %s", row.encoder_id, error)
     log.warning("index of %s is made anew from the bags", row.encoder_id)
-    _rebuild(row, stores, settings, held)
+    rebuild(row, stores, settings, held)
 
 
 def _mend_rows(row: IndexRow, stores: Stores, held: Held) -> None:
@@ -115,7 +123,7 @@ def _mend_rows(row: IndexRow, stores: Stores, held: Held) -> None:
         stores.index.remove(name, part)
 
 
-def _rebuild(row: IndexRow, stores: Stores, settings: Settings, held: Held) -> None:
+def rebuild(row: IndexRow, stores: Stores, settings: Settings, held: Held) -> None:
     """Into a table of another name; searches change over when it is whole."""
     encoder_id, name = row.encoder_id, stores.index.new_name(row.encoder_id)
     contents = list(stores.indexes.embedded(encoder_id).items())
@@ -127,7 +135,7 @@ def _rebuild(row: IndexRow, stores: Stores, settings: Settings, held: Held) -> N
                 try:
                     bags.append(slice_rows(EmbeddingKey(uid, encoder_id), content, stores))
                     kept.append(content)
-                except FileNotFoundError:  # replaced meanwhile: it waits to be indexed as any other
+                except (FileNotFoundError, SeriesNotFound):  # replaced: its new bag waits as any other; or erased
                     continue
             held.check()
             if bags:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from models.ct.nifti import UnusableNifti, is_nifti, nifti_slices
 from models.ct.screening import Reason, SetAside, screened_header
 from service.about import about_series
 from service.archives import most_expanded, unpacked
-from service.errors import NothingUsable
+from service.errors import BeingErased, NothingUsable
 from service.settings import Settings
 from service.storage.catalog import Arrival, Quiet
 from service.storage.stores import Stores
@@ -60,7 +61,7 @@ def take_in(
     A NIfTI volume becomes a series of such slices; `patient_id` is whose it is.
 
     Everything is unpacked and screened before the first file is archived, so a bad upload leaves
-    nothing behind. Raises BadArchive, UploadTooLarge, or NothingUsable with what was found.
+    nothing behind. Raises BadArchive, UploadTooLarge, BeingErased, or NothingUsable with what was found.
     """
     every = _all_files(files, folder, settings, patient_id)
     groups, set_aside = _group(every, stores)
@@ -69,18 +70,20 @@ def take_in(
         message = f"none of {len(set_aside)} files is an axial CT slice"
         raise NothingUsable(message, set_aside=found)
     arrivals = [_archive(series, stores) for series in groups]
-    return Intake(groups, set_aside, stores.catalog.receive(arrivals, encoder_id))
+    with _abandoning(arrivals, stores):
+        return Intake(groups, set_aside, stores.catalog.receive(arrivals, encoder_id))
 
 
 def collect(files: Iterable[StagedFile], encoder_id: str, stores: Stores, settings: Settings) -> Intake:
     """Archive the axial CT slices among some files of which more may come; series are embedded when they are whole.
 
-    What this answers is on disk and in the catalog. A file that is set aside is gone.
+    What this answers is on disk and in the catalog. A file that is set aside is gone. Raises BeingErased.
     """
     groups, set_aside = _group(files, stores)
     if arrivals := [_archive(series, stores) for series in groups]:
         quiet = Quiet(settings.series_quiet_seconds, settings.series_limit_seconds)
-        stores.catalog.collect(arrivals, encoder_id, quiet)
+        with _abandoning(arrivals, stores):
+            stores.catalog.collect(arrivals, encoder_id, quiet)
     return Intake(groups, set_aside)
 
 
@@ -128,6 +131,8 @@ def _group(
         # Without an id nobody can say that two studies are of one patient.
         patient_id = str(header.get("PatientID") or "").strip() or f"unknown-{study_uid}"
         if uid not in groups:
+            if stores.erasures.being_erased(uid):
+                raise BeingErased(f"series {uid} is being erased; send it again later")
             owner = stores.catalog.owner(uid) or (patient_id, study_uid)
             groups[uid] = SeriesIntake(uid, study_uid=owner[1], patient_id=owner[0])
         series = groups[uid]
@@ -152,4 +157,16 @@ def _archive(series: SeriesIntake, stores: Stores) -> Arrival:
         else:
             series.duplicates += 1
     stores.archive.flush(series.series_uid)
-    return Arrival(series.series_uid, series.study_uid, series.patient_id, about)
+    sop_uids = [sop_uid for sop_uid, _ in series.staged]
+    return Arrival(series.series_uid, series.study_uid, series.patient_id, about, sop_uids)
+
+
+@contextmanager
+def _abandoning(arrivals: list[Arrival], stores: Stores) -> Iterator[None]:
+    """Where an erasure came between the archive and the catalog, nothing of what was sent stays in the archive."""
+    try:
+        yield
+    except BeingErased:
+        for arrival in arrivals:
+            stores.catalog.abandon(arrival.series_uid)
+        raise

@@ -1,7 +1,11 @@
 """Work by task name: the only place in service/ that knows Celery."""
 
+import json
 import logging
 import time
+from base64 import b64decode
+from collections.abc import Collection
+from typing import Any
 
 import redis
 from celery import Celery
@@ -24,6 +28,8 @@ EMBED_QUERY = "keyslice.embed_query"
 
 WORK = "keyslice"  # the queue of all that can wait
 ASKED = "keyslice.asked"  # and of what somebody waits for; workers take from both in turn
+
+REWRITE_SECONDS = 30.0  # of the broker's append-only file
 
 DEFAULT_BROKER = "redis://127.0.0.1:6379/0"
 
@@ -117,6 +123,21 @@ class Queue:
             self._send(CHECK_CANARY)
             self._canary_sent = time.monotonic()
 
+    def forget(self, series_uids: Collection[str]) -> int:
+        """Remove the messages that name these series, in hand or not, and let the broker write its log anew.
+
+        Answers how many they were. Raises BrokerDown.
+        """
+        try:
+            with self._app.connection_for_write() as connection:
+                client = connection.default_channel.client
+                removed = sum(_forget_waiting(client, name, series_uids) for name in (WORK, ASKED))
+                removed += _forget_in_hand(client, series_uids)
+                _rewrite_log(client)
+                return removed
+        except (OperationalError, redis.RedisError, OSError) as error:
+            raise BrokerDown(f"the broker does not answer: {type(error).__name__}") from error
+
     def depth(self) -> int:
         """Messages that no worker has taken yet. Raises BrokerDown."""
         try:
@@ -133,3 +154,45 @@ class Queue:
             self._app.send_task(task, args=arguments, retry=False)
         except (OperationalError, redis.RedisError, OSError) as error:
             raise BrokerDown(f"the broker does not answer: {type(error).__name__}") from error
+
+
+def _forget_waiting(client: Any, name: str, series_uids: Collection[str]) -> int:
+    naming = [message for message in client.lrange(name, 0, -1) if _names(json.loads(message), series_uids)]
+    return sum(client.lrem(name, 0, message) for message in naming)
+
+
+def _forget_in_hand(client: Any, series_uids: Collection[str]) -> int:
+    """Those that a worker has taken and not acknowledged: kombu keeps them aside, to hand them on."""
+    removed = 0
+    for tag, kept in client.hscan_iter("unacked"):
+        message, *_ = json.loads(kept)
+        if _names(message, series_uids):
+            client.zrem("unacked_index", tag)
+            removed += client.hdel("unacked", tag)
+    return removed
+
+
+def _names(message: dict[str, Any], series_uids: Collection[str]) -> bool:
+    arguments, *_ = json.loads(b64decode(message["body"]))
+    return any(argument in series_uids for argument in arguments)
+
+
+def _rewrite_log(client: Any) -> None:
+    """Where the broker keeps an append-only file, every message that ever was is in it until it is rewritten."""
+    if not client.info("persistence").get("aof_enabled"):
+        return
+    _await_rewritten(client)  # one that began before the messages went
+    try:
+        client.bgrewriteaof()
+    except redis.ResponseError as error:  # not ours to ask for
+        log.warning("the broker does not rewrite its append-only file: %s", type(error).__name__)
+        return
+    _await_rewritten(client)
+
+
+def _await_rewritten(client: Any) -> None:
+    end = time.monotonic() + REWRITE_SECONDS
+    while (state := client.info("persistence"))["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"]:
+        if time.monotonic() > end:
+            raise OSError("the broker's append-only file is still being rewritten")
+        time.sleep(0.02)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from service.errors import SeriesNotFound
 from service.indexing import unit
 from service.storage.bags import slices_of
 from service.storage.index import Effort, SliceIndex, one_of, quoted
@@ -76,7 +77,10 @@ class BagRows:
     def vectors(self, places: Iterable[Place]) -> dict[Place, dict[str, Floats]]:
         found = {}
         for series_uid, number in places:
-            bag, receipt = self._bag(series_uid)
+            try:
+                bag, receipt = self._bag(series_uid)
+            except FileNotFoundError:  # as above; whoever asks leaves the slice out
+                continue
             found[(series_uid, number)] = dict(zip(receipt["windows"], unit(bag[number]), strict=True))
         return found
 
@@ -87,9 +91,9 @@ class BagRows:
                 continue
             try:
                 bag, receipt = self._bag(series_uid)
-            except FileNotFoundError:  # replaced meanwhile
+                series = self.stores.catalog.series(series_uid)
+            except (FileNotFoundError, SeriesNotFound):  # replaced or erased meanwhile
                 continue
-            series = self.stores.catalog.series(series_uid)
             windows = receipt["windows"]
             scores = unit(bag) @ query  # (slices, windows)
             if window is not None:

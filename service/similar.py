@@ -63,7 +63,7 @@ def search(
 
     Where the index cannot be read, `mend` is called, and the bags answer.
     """
-    for _ in range(2):  # the table may be another one between two reads
+    for last in (False, True):  # the table may be another one between two reads, or its files written anew
         row = stores.indexes.get(encoder_id)
         if row is None or row.broken or not stores.index.exists(row.table_name):
             break
@@ -72,6 +72,8 @@ def search(
             rows = IndexRows(stores.index, row.table_name, narrowed, way.effort)
             return _found(asked, rows), way
         except IndexBroken as error:
+            if not last:
+                continue
             log.warning("search by %s: %s", encoder_id, error)
             stores.indexes.broken(encoder_id, row.table_name)
             _send(mend)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.heads.run import HeadRunner
-from service.errors import WorkersBusy
+from service.errors import SeriesNotFound, WorkersBusy
 from service.indexing import mean_vector, unit
 from service.schemas.search import SeriesHit, SeriesSearchAnswer
 from service.storage.keys import EmbeddingKey
@@ -44,10 +44,14 @@ def similar_series(
     order = np.argsort(-scores, kind="stable")
     found = [(others[at], float(scores[at])) for at in order[: shortlist or k]]
     if shortlist is not None:
-        bag = _bag(series_uid, encoder_id, contents, stores)
-        rescored = [(uid, late_interaction(bag, _bag(uid, encoder_id, contents, stores))) for uid, _ in found]
+        bag = stores.bags.get(EmbeddingKey(series_uid, encoder_id), contents[series_uid])
+        rescored = [
+            (uid, late_interaction(bag, other))
+            for uid, _ in found
+            if (other := _bag(uid, encoder_id, contents, stores)) is not None
+        ]
         found = sorted(rescored, key=lambda each: -each[1])[:k]
-    hits = [_hit(uid, score, encoder_id, stores) for uid, score in found]
+    hits = [hit for uid, score in found if (hit := _hit(uid, score, encoder_id, stores))]
     return SeriesSearchAnswer(
         hits=hits, encoder_id=encoder_id, by="late" if shortlist else pooling, compared=len(others)
     )
@@ -89,12 +93,20 @@ def _pooled(
     return {uid: vector for uid, (content, vector) in kept.items() if contents.get(uid) == content}
 
 
-def _bag(series_uid: str, encoder_id: str, contents: dict[str, str], stores: Stores) -> NDArray[np.float16]:
-    return stores.bags.get(EmbeddingKey(series_uid, encoder_id), contents[series_uid])
+def _bag(series_uid: str, encoder_id: str, contents: dict[str, str], stores: Stores) -> NDArray[np.float16] | None:
+    """None for one that was replaced or erased meanwhile."""
+    try:
+        return stores.bags.get(EmbeddingKey(series_uid, encoder_id), contents[series_uid])
+    except FileNotFoundError:
+        return None
 
 
-def _hit(series_uid: str, score: float, encoder_id: str, stores: Stores) -> SeriesHit:
-    series = stores.catalog.series(series_uid)
+def _hit(series_uid: str, score: float, encoder_id: str, stores: Stores) -> SeriesHit | None:
+    """None for a series that was erased meanwhile."""
+    try:
+        series = stores.catalog.series(series_uid)
+    except SeriesNotFound:
+        return None
     slices = next(row.slices for row in series.embeddings if row.encoder_id == encoder_id)
     return SeriesHit(
         series_uid=series_uid,

@@ -1,9 +1,13 @@
 """A multipart upload, streamed to files on disk: no part is ever held in memory."""
 
+import fcntl
+import os
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
@@ -14,6 +18,9 @@ from starlette.concurrency import run_in_threadpool
 from service.errors import BadUpload, EmptyUpload, UploadTooLarge
 
 FIELD = "files"
+PREFIX = "upload-"
+YOUNG_SECONDS = 5.0  # between a directory and its lock
+ABANDONED_SECONDS = 120.0  # nobody waits so long for a search by a picture
 WRITE_BYTES = 1 << 20  # handed to a thread at a time: disks like it, and the event loop stays free
 
 
@@ -25,10 +32,38 @@ class StagedFile:
 
 @contextmanager
 def staging(root: Path) -> Iterator[Path]:
-    """A directory for one request, gone at its end whatever happens."""
+    """A directory for one request, gone at its end whatever happens. A lock on it says that the request lives."""
     root.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=root, prefix="upload-", ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(dir=root, prefix=PREFIX, ignore_cleanup_errors=True) as folder, _locked(Path(folder)):
         yield Path(folder)
+
+
+def remove_abandoned(root: Path) -> None:
+    """Remove what requests whose process was killed have left."""
+    for folder in root.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # gone by itself, or locked: its request lives
+            if _age_seconds(folder) > YOUNG_SECONDS:
+                with _locked(folder):
+                    rmtree(folder, ignore_errors=True)
+    for path in (root / "queries").glob("*"):
+        with suppress(OSError):
+            if _age_seconds(path) > ABANDONED_SECONDS:
+                path.unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The lock goes with the process. Raises OSError where another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _age_seconds(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 async def receive_files(

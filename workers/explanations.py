@@ -38,3 +38,5 @@ def heat_map(spot: HeatSpot, worker: Resources) -> None:
     picture = encoder_input(hu, encoder.spec.windows, encoder.spec.input_size)[window]
     found = look(encoder.spec, encoder.network, picture, gradient)
     stores.heatmaps.put(spot, {**asdict(found), "cells": np.round(found.cells, 9).tolist()})
+    if not stores.catalog.has(spot.series_uid):  # erased meanwhile
+        stores.heatmaps.remove(spot.series_uid)

@@ -45,7 +45,7 @@ class NotFinite(Exception):
 
 
 class NotWanted(Exception):
-    """Whoever asked for this work has cancelled it, or another worker has taken it over."""
+    """Whoever asked for this work has cancelled it, another worker has taken it over, or its series was erased."""
 
 
 class NoVolume(Exception):
@@ -69,7 +69,12 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
         return _embed(key, line, worker)
     except NotFinite as error:
         catalog.fail(key, "failed", str(error))
+    except NotWanted:
+        _let_go(key, worker)
     except (OSError, OperationalError) as error:
+        if not catalog.has(series_uid):  # its files went under our hands
+            _let_go(key, worker)
+            return False
         log.warning("series %s: %s, to be tried again", series_uid, type(error).__name__)
         catalog.release(key, type(error).__name__)
         raise
@@ -84,7 +89,13 @@ def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     stores, started, clock = worker.stores, now(), time.perf_counter()
     files = stores.archive.files(key.series_uid)
     content = content_of([path.name for path in files])
-    progress = _throttled(partial(stores.catalog.progress, key))
+    series_key = stores.catalog.series(key.series_uid).series_key
+
+    def note(done: int, known: int) -> None:
+        if not stores.catalog.progress(key, done, known):
+            raise NotWanted
+
+    progress = _throttled(note)
     embed = _embedded_volume if line.encoder.spec.volume else _embedded_slices
     try:
         series, embeddings = embed(files, line, progress)
@@ -100,10 +111,19 @@ def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     if bad := int((~np.isfinite(bag)).any(axis=(1, 2)).sum()):
         raise NotFinite(f"{bad} of {len(bag)} instances embed to NaN or infinity")
     times = {"started_at": started.isoformat(), "seconds": round(time.perf_counter() - clock, 3)}
+    note(len(bag), len(bag))  # after an erasure no bag is written
     stores.bags.put(key, content, bag, _receipt(series, line.encoder) | times)
-    stores.catalog.commit(key, content, len(bag), verdict, series.geometry())
+    if not stores.catalog.commit(key, content, len(bag), verdict, series.geometry(), series_key):
+        raise NotWanted
     stores.bags.keep_only(key, {content, *stores.predictions.contents(key)})
     return True
+
+
+def _let_go(key: EmbeddingKey, worker: Resources) -> None:
+    """The series was erased while it was embedded: leave nothing of it, and say so to whoever erases it."""
+    if not worker.stores.catalog.has(key.series_uid):
+        worker.stores.bags.remove(key.series_uid)
+    worker.stores.erasures.let_go(key.series_uid, worker.holder)
 
 
 def train_head(head_id: str, worker: Resources) -> None:

@@ -25,6 +25,7 @@ from models.ct.decode import DECODERS
 from models.ct.header import NotDicom, read_header
 from models.ct.screening import Reason
 from models.specs import MissingWeights, WrongWeights
+from service.errors import BeingErased
 from service.intake import NamedSetAside, collect
 from service.settings import Settings, parse_titles
 from service.storage.stores import Stores, open_stores
@@ -171,6 +172,8 @@ class Receiver:
         except (OSError, DBAPIError) as error:  # a disk or catalog that is away; the sender may try again
             log.error("not kept: %s", type(error).__name__)
             status, comment = OUT_OF_RESOURCES, "the store is away, send it again later"
+        except BeingErased:
+            status, comment = OUT_OF_RESOURCES, "the series is being erased, send it again later"
         except Exception as error:  # a message may hold what the file held
             log.error("not kept: %s", type(error).__name__)
             status, comment = PROCESSING_FAILURE, f"{type(error).__name__} while storing"

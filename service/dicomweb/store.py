@@ -12,7 +12,7 @@ from models.ct.header import read_header
 from models.ct.screening import UID, Reason
 from service.dicomweb.addresses import Addresses
 from service.dicomweb.media import DICOM, RELATED
-from service.errors import BadDicomWeb, BadUpload, UnsupportedMedia, UploadTooLarge
+from service.errors import BadDicomWeb, BadUpload, BeingErased, UnsupportedMedia, UploadTooLarge
 from service.intake import collect
 from service.settings import Settings
 from service.storage.stores import Stores
@@ -45,6 +45,7 @@ FAILURES: dict[Reason, int] = {
 }
 OTHER_STUDY = "other_study"
 NO_SPACE = "no_space"
+ERASING = "being_erased"
 
 LONGEST_COMMENT = 64  # characters of LO (PS3.5 6.2)
 
@@ -163,6 +164,8 @@ def _collected(files: Sequence[StagedFile], encoder_id: str, stores: Stores, set
     """Hand the files to intake; answers those that were not stored."""
     try:
         intake = collect(files, encoder_id, stores, settings)
+    except BeingErased as error:
+        return {file.name: Failure(PROCESSING_FAILURE, f"{ERASING}: {error}") for file in files}
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

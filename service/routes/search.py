@@ -209,10 +209,8 @@ async def _embedded(
 
 
 def _answer(hits: Sequence[FoundHit], way: Way, encoder_id: str, stores: Stores) -> SearchAnswer:
-    patients = stores.catalog.patient_ids([hit["patient_key"] for hit in hits])
-    known = [
-        Hit(**{**hit, "patient_id": patients[hit["patient_key"]]}) for hit in hits if hit["patient_key"] in patients
-    ]
+    patients = stores.catalog.patient_ids([hit["series_uid"] for hit in hits])  # one that is being erased is in none
+    known = [Hit(**{**hit, "patient_id": patients[hit["series_uid"]]}) for hit in hits if hit["series_uid"] in patients]
     return SearchAnswer(
         hits=known, encoder_id=encoder_id, index=way.index, recall=way.recall, effort=way.effort, note=way.note
     )

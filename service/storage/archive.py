@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from models.durable import fsync_path
+from models.durable import fsync_path, remove_tree
 
 
 class Archive:
@@ -41,6 +41,10 @@ class Archive:
 
     def file(self, series_uid: str, sop_uid: str) -> Path:
         return self._root / series_uid / f"{sop_uid}.dcm"
+
+    def remove(self, series_uid: str) -> None:
+        """All of the series, for good."""
+        remove_tree(self._root / series_uid)
 
     def content(self, series_uid: str) -> tuple[str, int]:
         """Digest over which instances are here, which changes when slices come later, and their number."""

@@ -10,7 +10,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from models.durable import fsync_path, fsync_tree
+from models.durable import fsync_path, fsync_tree, remove_tree
 from service.storage.keys import EmbeddingKey
 
 LAYOUT_VERSION = 1
@@ -74,6 +74,18 @@ class Bags:
         for path in (self._root / key.encoder_id / key.series_uid).iterdir():
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def count(self, series_uid: str) -> int:
+        """Of every encoder, those that were replaced and not yet removed too."""
+        return sum(1 for folder in self._folders(series_uid) for _ in folder.glob("*.zarr"))
+
+    def remove(self, series_uid: str) -> None:
+        """All of the series, of every encoder, also what is just being written."""
+        for folder in self._folders(series_uid):
+            remove_tree(folder)
+
+    def _folders(self, series_uid: str) -> list[Path]:
+        return [path for encoder in self._root.iterdir() if (path := encoder / series_uid).is_dir()]
 
     def _path(self, key: EmbeddingKey, content: str) -> Path:
         return self._root / key.encoder_id / key.series_uid / f"{content}.zarr"

@@ -1,7 +1,7 @@
 """SQL: which series there are, what is known of them, and how far their embeddings are."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from service.errors import (
+    BeingErased,
     JobNotFound,
     NotEmbeddedYet,
     OtherEncoder,
@@ -19,9 +20,18 @@ from service.errors import (
     StudyNotFound,
 )
 from service.storage.archive import Archive
-from service.storage.database import Database
+from service.storage.database import Database, alone
 from service.storage.keys import EmbeddingKey
-from service.storage.tables import EmbeddingRow, HeadRow, JobRow, JobSeriesRow, PatientRow, SeriesRow, now
+from service.storage.tables import (
+    EmbeddingRow,
+    ErasingSeriesRow,
+    HeadRow,
+    JobRow,
+    JobSeriesRow,
+    PatientRow,
+    SeriesRow,
+    now,
+)
 
 WAITING = ("received", "queued")
 OPEN = (*WAITING, "embedding")
@@ -36,6 +46,7 @@ class Arrival:
     study_uid: str
     patient_id: str
     about: Mapping[str, Any] = field(default_factory=dict)  # columns of SeriesRow: service/about.py
+    sop_uids: Sequence[str] = ()  # what it brought, new or not: all of it must still be in the archive
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,13 @@ class Catalog:
                 raise SeriesNotFound(f"no series {series_uid}")
             series.whole_at = min(series.whole_at, now())
             return [EmbeddingKey(series_uid, row.encoder_id) for row in series.embeddings if row.state == "received"]
+
+    def abandon(self, series_uid: str) -> None:
+        """Remove what an upload archived and could not note, where there is no such series."""
+        with self._database.write() as session:
+            alone(session, series_uid)  # whoever notes the series meanwhile finds its files gone, and says so
+            if session.get(SeriesRow, series_uid) is None:
+                self._archive.remove(series_uid)
 
     def owner(self, series_uid: str) -> tuple[str, str] | None:
         """(patient id, study UID) of a series that is here already."""
@@ -146,17 +164,29 @@ class Catalog:
             row.done = 0
             return True
 
-    def progress(self, key: EmbeddingKey, done: int, known: int) -> None:
-        """Slices done of slices known; also the sign that the worker lives."""
+    def progress(self, key: EmbeddingKey, done: int, known: int) -> bool:
+        """Slices done of slices known; also the sign that the worker lives. False where the series was erased."""
         with self._database.note() as session:
-            session.execute(update(EmbeddingRow).where(_is(key)).values(done=done, known=known, touched_at=now()))
+            rows = update(EmbeddingRow).where(_is(key)).values(done=done, known=known, touched_at=now())
+            return bool(session.execute(rows).rowcount)  # type: ignore[attr-defined]
 
     def commit(
-        self, key: EmbeddingKey, content: str, slices: int, verdict: dict[str, Any], geometry: dict[str, Any]
-    ) -> None:
-        """The bag is on disk: this is the write that makes it count."""
+        self,
+        key: EmbeddingKey,
+        content: str,
+        slices: int,
+        verdict: dict[str, Any],
+        geometry: dict[str, Any],
+        series_key: str | None = None,
+    ) -> bool:
+        """The bag is on disk: this is the write that makes it count.
+
+        False where the series was erased: there is none, or another one than `series_key` says.
+        """
         with self._database.write() as session:
-            series = session.get_one(SeriesRow, key.series_uid, with_for_update={"of": SeriesRow})
+            series = session.get(SeriesRow, key.series_uid, with_for_update={"of": SeriesRow})
+            if series is None or series_key not in (None, series.series_key):
+                return False
             row = session.get_one(EmbeddingRow, (key.series_uid, key.encoder_id))
             series.verdict, series.geometry = verdict, geometry
             row.content, row.slices, row.embedded_at, row.touched_at = content, slices, now(), now()
@@ -164,6 +194,7 @@ class Catalog:
             row.holder, row.error, row.attempts = None, None, 0
             # Slices that came while this ran make another embedding of the whole series.
             row.state = "embedded" if series.content == content else "received"
+            return True
 
     def release(self, key: EmbeddingKey, error: str) -> None:
         """Hand an embedding back, to be tried again."""
@@ -174,7 +205,9 @@ class Catalog:
     def fail(self, key: EmbeddingKey, state: str, error: str, verdict: dict[str, Any] | None = None) -> None:
         """Give up on an embedding: `failed`, or `rejected` with its verdict."""
         with self._database.write() as session:
-            row = session.get_one(EmbeddingRow, (key.series_uid, key.encoder_id))
+            row = session.get(EmbeddingRow, (key.series_uid, key.encoder_id))
+            if row is None:  # erased meanwhile
+                return
             row.state, row.error, row.holder, row.touched_at = state, error, None, now()
             if verdict:
                 session.get_one(SeriesRow, key.series_uid).verdict = verdict
@@ -310,16 +343,28 @@ class Catalog:
         with self._database.read() as session:
             return session.scalar(select(PatientRow.patient_key).where(PatientRow.patient_id == patient_id))
 
-    def patient_ids(self, patient_keys: Sequence[str]) -> dict[str, str]:
+    def patient_ids(self, series_uids: Collection[str]) -> dict[str, str]:
+        """Whose the series are; of one that was erased nothing."""
+        query = select(SeriesRow.series_uid, PatientRow.patient_id).join(SeriesRow.patient)
+        wanted = sorted(set(series_uids))
+        found: dict[str, str] = {}
         with self._database.read() as session:
-            rows = session.scalars(select(PatientRow).where(PatientRow.patient_key.in_(set(patient_keys))))
-            return {row.patient_key: row.patient_id for row in rows}
+            for start in range(0, len(wanted), 500):  # SQLite takes a limited number of parameters
+                part = query.where(SeriesRow.series_uid.in_(wanted[start : start + 500]))
+                found.update(session.execute(part).tuples().all())
+        return found
+
+    def has(self, series_uid: str) -> bool:
+        with self._database.read() as session:
+            return session.get(SeriesRow, series_uid) is not None
 
 
 def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive, quiet: Quiet | None) -> None:
+    alone(session, arrival.series_uid)
     series = session.get(SeriesRow, arrival.series_uid, with_for_update={"of": SeriesRow})
     # Listed inside the transaction: of two uploads of one series at once, the later sees both's files.
     content, received = archive.content(arrival.series_uid)
+    _refuse_erased(session, arrival, archive)
     changed = series is None or series.content != content
     if series is None:
         patient_key = _patient_key(session, arrival.patient_id)
@@ -341,6 +386,13 @@ def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive,
     elif embedding.state == "failed" or (changed and embedding.state not in OPEN):
         embedding.state, embedding.attempts, embedding.error = "received", 0, None
     session.flush()
+
+
+def _refuse_erased(session: Session, arrival: Arrival, archive: Archive) -> None:
+    """Raises BeingErased where an erasure is at work on the series, or took files of this arrival with it."""
+    taken = any(not archive.file(arrival.series_uid, sop_uid).exists() for sop_uid in arrival.sop_uids)
+    if taken or session.get(ErasingSeriesRow, arrival.series_uid) is not None:
+        raise BeingErased(f"series {arrival.series_uid} is being erased; send it again later")
 
 
 def _wait_for_more(series: SeriesRow, quiet: Quiet | None) -> None:

@@ -1,6 +1,7 @@
 """The catalog's engine: SQLite in WAL mode or PostgreSQL, the same code on both."""
 
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 from alembic import command
 from alembic.config import Config
 from filelock import FileLock
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.orm import Session
 
+SCRUBBED = 1  # user_version of an SQLite file whose every page was written with secure_delete
+BLOCK_BYTES = 2**22
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 
@@ -38,6 +41,55 @@ class Database:
         with Session(self._write_engine, expire_on_commit=False) as session, session.begin():
             yield session
 
+    def scrub(self, marks: Collection[str] | None) -> bool:
+        """Take what was deleted out of the database's own files too; False while a reader holds them.
+
+        SQLite: the WAL is folded in and truncated. Where one of the marks is still in the file, where nobody knows the
+        marks (None), and once in the life of a file that older versions wrote, the file is written anew.
+        PostgreSQL: VACUUM, which is not all: see docs/privacy.md.
+        """
+        if self.engine.dialect.name != "sqlite":
+            with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.exec_driver_sql("VACUUM")
+            return True
+        raw = self.engine.raw_connection()
+        try:
+            cursor = raw.cursor()
+            if not _fold_wal(cursor):
+                return False
+            (written_by,) = cursor.execute("PRAGMA user_version").fetchone()
+            if marks is None or written_by < SCRUBBED or _holds(Path(self.engine.url.database or ""), marks):
+                cursor.execute("VACUUM")
+                cursor.execute(f"PRAGMA user_version={SCRUBBED}")
+            return _fold_wal(cursor)
+        except sqlite3.OperationalError:  # locked for longer than we wait
+            return False
+        finally:
+            raw.close()
+
+
+def _fold_wal(cursor: Any) -> bool:
+    busy, *_ = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    return not busy
+
+
+def _holds(path: Path, marks: Collection[str]) -> bool:
+    """Whether one of some short texts is in a file."""
+    wanted, before = [mark.encode() for mark in marks], b""
+    overlap = max(map(len, wanted), default=1)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            if any(mark in before + block for mark in wanted):
+                return True
+            before = block[-overlap:]
+    return False
+
+
+def alone(session: Session, name: str) -> None:
+    """Hold a lock of this name until the transaction ends. On SQLite whoever writes is alone anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
 
 def open_engine(url: str) -> Engine:
     # hide_parameters: an error must not quote a patient.
@@ -59,7 +111,8 @@ def upgrade(url: str, lock_dir: Path) -> None:
 
 def _sqlite_pragmas(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # BEGIN is ours: see _sqlite_begin
-    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=30000"):
+    # secure_delete: what is deleted is overwritten with zeros, for scrub() to be short.
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=30000", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from models.durable import fsync_path
+from models.durable import fsync_path, remove_tree
 from service.storage.keys import HeatSpot
 
 
@@ -34,6 +34,13 @@ class HeatMaps:
         temporary.write_text(json.dumps(found))
         fsync_path(temporary)
         temporary.replace(path)
+
+    def count(self, series_uid: str) -> int:
+        return sum(1 for _ in (self._root / series_uid).glob("*.json"))
+
+    def remove(self, series_uid: str) -> None:
+        """Every heat map of the series."""
+        remove_tree(self._root / series_uid)
 
     def _path(self, spot: HeatSpot) -> Path:
         # A label may be any text, so the name is a digest.

@@ -2,7 +2,8 @@
 
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -125,6 +126,41 @@ class SliceIndex:
         with self._readable(name):
             self._open(name).delete(one_of("series_uid", series_uids))
 
+    def erase(self, name: str, series_uids: Sequence[str], check: Callable[[], None]) -> None:
+        """Remove the series' rows from the table's files, earlier versions and indexes too.
+
+        Files that hold them, and files with rows deleted before, are written anew without; the ANN index is dropped.
+        `check` is called before every commit. Dying in between does no harm: the next call finds the rest.
+        """
+        from lancedb.index import Bitmap
+
+        theirs = one_of("series_uid", series_uids)
+        with self._readable(name):
+            table = self._open(name)
+            found: Any = table.search().where(theirs).with_row_id(True).select(["_rowid"]).limit(None)
+            pieces = {row >> 32 for row in found.to_arrow()["_rowid"].to_pylist()} | self._pieces_with_deleted(name)
+            if pieces:
+                ranges = (f"(_rowid >= {each << 32} AND _rowid < {(each + 1) << 32})" for each in sorted(pieces))
+                check()
+                table.update(where=f"({' OR '.join(ranges)}) AND NOT ({theirs})", values_sql={"slice": "slice"})
+            check()
+            table.delete(theirs)
+            if not table.count_rows():
+                self.drop(name)
+                return
+            for index in {each.name for each in table.list_indices() if each.columns == ["vector"]}:
+                table.drop_index(index)
+            for column in NARROWED_BY:  # a bitmap keeps the values of rows that are gone
+                table.create_index(column, config=Bitmap(), replace=True)
+            check()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that readers of older versions fail: they read again
+                table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
+
+    def _pieces_with_deleted(self, name: str) -> set[int]:
+        """Fragments with deleted rows, by the names of Lance's deletion files: `<fragment>-<version>-<id>.<kind>`."""
+        return {int(path.name.partition("-")[0]) for path in (self._root / f"{name}.lance" / "_deletions").glob("*-*")}
+
     def nearest(
         self, name: str, vector: NDArray[Any], k: int, where: str | None = None, effort: Effort | None = None
     ) -> list[dict[str, Any]]:
@@ -161,9 +197,9 @@ class SliceIndex:
         with self._readable(name):
             yield from self._open(name).search().select(list(columns)).limit(None).to_batches(batch_size=8192)
 
-    def count(self, name: str) -> int:
+    def count(self, name: str, where: str | None = None) -> int:
         with self._readable(name):
-            return int(self._open(name).count_rows())
+            return int(self._open(name).count_rows(where))
 
     def counts(self, name: str) -> dict[str, int]:
         """How many rows each series has."""

@@ -12,7 +12,7 @@ from models.health import BagHealth
 from service.storage.database import Database
 from service.storage.index import Effort, SliceIndex
 from service.storage.keys import EmbeddingKey
-from service.storage.tables import EmbeddingRow, IndexRow, PooledRow, now
+from service.storage.tables import EmbeddingRow, IndexRow, PooledRow, SeriesRow, now
 
 MEAN = "mean"
 
@@ -131,6 +131,13 @@ class Indexes:
         with self._database.write() as session:
             _note_measured(session.get_one(IndexRow, encoder_id, with_for_update=True), measured)
 
+    def unbuilt(self, encoder_id: str) -> None:
+        """The ANN index goes: searches are exact until the upkeep has built another."""
+        with self._database.write() as session:
+            row = session.get(IndexRow, encoder_id, with_for_update=True)
+            if row:
+                _note_measured(row, None)
+
     def broken(self, encoder_id: str, table_name: str) -> None:
         """A table could not be read; nothing where searches use another one by now."""
         mine = and_(IndexRow.encoder_id == encoder_id, IndexRow.table_name == table_name)
@@ -149,7 +156,11 @@ class Indexes:
     def pool(self, encoder_id: str, pooling: str, found: Mapping[str, tuple[str, NDArray[np.float16]]]) -> None:
         """Keep series' vectors, by their UIDs."""
         with self._database.write() as session:
+            # Not those of a series that was erased meanwhile.
+            here = set(session.scalars(select(SeriesRow.series_uid).where(SeriesRow.series_uid.in_(found))))
             for uid, (content, vector) in found.items():
+                if uid not in here:
+                    continue
                 session.merge(_pooled(EmbeddingKey(uid, encoder_id), pooling, content, vector))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from service.errors import PredictionNotFound
+from service.errors import PredictionNotFound, SeriesNotFound
 from service.storage.database import Database
 from service.storage.keys import EmbeddingKey
 from service.storage.tables import HeadRow, PredictionBagRow, PredictionRow, SeriesRow
@@ -56,7 +56,12 @@ class Predictions:
 
     def _add(self, prediction_id: str, head_id: str, bags: Mapping[str, str], asked: dict[str, Any]) -> None:
         with self._database.write() as session:
-            patient_key = session.get_one(SeriesRow, next(iter(bags))).patient_key
+            series = list(
+                session.scalars(select(SeriesRow).where(SeriesRow.series_uid.in_(bags)).with_for_update(of=SeriesRow))
+            )
+            if len(series) < len(bags):
+                raise SeriesNotFound("a series of this prediction was erased meanwhile")
+            patient_key = series[0].patient_key
             session.add(
                 PredictionRow(prediction_id=prediction_id, patient_key=patient_key, head_id=head_id, asked=asked)
             )

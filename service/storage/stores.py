@@ -9,6 +9,7 @@ from service.storage.canaries import Canaries
 from service.storage.catalog import Catalog
 from service.storage.cohorts import Cohorts
 from service.storage.database import Database, upgrade
+from service.storage.erasures import Erasures
 from service.storage.figures import Figures
 from service.storage.heads import Heads
 from service.storage.health import Health
@@ -36,6 +37,7 @@ class Stores:
     heads: Heads
     predictions: Predictions
     leases: Leases
+    erasures: Erasures
     canaries: Canaries
     figures: Figures
     health: Health
@@ -67,6 +69,7 @@ def open_stores(settings: Settings) -> Stores:
         heads=Heads(database),
         predictions=Predictions(database),
         leases=Leases(database),
+        erasures=Erasures(database),
         canaries=Canaries(database),
         figures=Figures(database),
         health=Health(database),

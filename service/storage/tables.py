@@ -1,5 +1,6 @@
 """The SQL tables of the catalog; migrations/ holds the same, step by step."""
 
+import uuid
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 
@@ -57,6 +58,7 @@ class SeriesRow(Row):
     __tablename__ = "series"
 
     series_uid: Mapped[str] = mapped_column(primary_key=True)
+    series_key: Mapped[str] = mapped_column(default=lambda: uuid.uuid4().hex)  # another one after an erasure
     study_uid: Mapped[str] = mapped_column(index=True)
     patient_key: Mapped[str] = mapped_column(ForeignKey(PatientRow.patient_key), index=True)
     received_at: Mapped[datetime] = mapped_column(default=now)
@@ -140,6 +142,32 @@ class EmbeddingRow(Work, Row):
             postgresql_where=text("norm IS NOT NULL"),
         ),
     )
+
+
+class ErasureRow(Row):
+    """What is to leave every store; once it has, how much that was, and nothing of whom."""
+
+    __tablename__ = "erasures"
+
+    erasure_id: Mapped[str] = mapped_column(primary_key=True)
+    asked_at: Mapped[datetime] = mapped_column(default=now)
+    emptied: Mapped[bool] = mapped_column(default=False)  # every store but the catalog's own files
+    erased_at: Mapped[datetime | None]  # those too
+    patient_id: Mapped[str | None]  # of a patient who is to go, until every store is empty
+    series: Mapped[int]
+    encoder_ids: Mapped[list[str]]  # whose indexes held rows
+    heads: Mapped[list[str]]  # that were trained on some of it
+    removed: Mapped[dict[str, Any]]  # how many, by kind
+
+
+class ErasingSeriesRow(Row):
+    """A series on its way out: nothing of it is taken in before this row is gone."""
+
+    __tablename__ = "erasing_series"
+
+    series_uid: Mapped[str] = mapped_column(primary_key=True)
+    erasure_id: Mapped[str] = mapped_column(ForeignKey(ErasureRow.erasure_id), index=True)
+    holders: Mapped[list[str]]  # workers that had it in hand and have not let go
 
 
 class IndexRow(Row):
