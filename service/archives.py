@@ -7,6 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -18,7 +19,13 @@ from service.uploads import StagedFile
 EXPANSION_FLOOR_BYTES = 256 * 2**20
 COPY_BYTES = 1 << 20
 
+
 BROKEN = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, NotImplementedError)
+
+
+class Kind(Enum):
+    ZIP = "zip"
+    TAR = "tar"  # plain, gz, bz2 or xz
 
 
 @dataclass
@@ -45,12 +52,18 @@ def unpacked(staged: StagedFile, folder: Path, max_files: int, max_expansion: fl
     Archives inside archives are not opened. Raises BadArchive or UploadTooLarge.
     """
     budget = Budget(max_files, most_expanded(staged.path, max_expansion))
-    if zipfile.is_zipfile(staged.path) or _starts_like_zip(staged.path):
-        yield from _members(_zip_members(staged.path), folder, budget)
-    elif not is_nifti(staged.path) and _is_tar(staged.path):
-        yield from _members(_tar_members(staged.path), folder, budget)
+    members = {Kind.ZIP: _zip_members, Kind.TAR: _tar_members}
+    if kind := kind_of(staged.path):
+        yield from _members(members[kind](staged.path), folder, budget)
     else:
         yield staged
+
+
+def kind_of(path: Path) -> Kind | None:
+    """What the file's bytes say, whatever its name; None for what is no archive."""
+    if zipfile.is_zipfile(path) or _starts_like_zip(path):
+        return Kind.ZIP
+    return Kind.TAR if not is_nifti(path) and _is_tar(path) else None
 
 
 def most_expanded(path: Path, max_expansion: float) -> int:

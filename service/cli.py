@@ -11,6 +11,7 @@ from models.heads.options import Baseline, HeadOptions, Network, Protocol, Task
 from models.modes import COSINE, Mode, in_mode
 from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence
 from models.zoo import encoders as all_encoders
+from service.commands.embed import embed
 from service.commands.erase import erase
 from service.commands.features import features
 from service.commands.index import index
@@ -47,6 +48,9 @@ app.command(epilog="Example: keyslice receive --aet KEYSLICE --port 11112")(rece
 
 
 app.command(epilog="Example: keyslice erase 1.2.840.113619.2.55.3.604")(erase)
+
+
+app.command(epilog="Example: keyslice embed /mnt/pacs/export --csv series.csv")(embed)
 
 
 @app.command(epilog="Example: keyslice demo ~/ct/series.tar.xz --oneshot")

@@ -5,11 +5,12 @@ KeysliceError
 │   ├── SeriesNotFound, PatientNotFound, StudyNotFound, SliceNotFound
 │   ├── InstanceNotFound, FrameNotFound, BulkDataNotFound
 │   ├── EncoderNotFound, WindowNotFound, LabelNotFound
-│   ├── HeadNotFound, JobNotFound, PredictionNotFound, ErasureNotFound
+│   ├── HeadNotFound, JobNotFound, ExportNotFound, PredictionNotFound, ErasureNotFound
 │   └── EmptyCohort
 ├── BadRequest
 │   ├── BadUpload            EmptyUpload, BadArchive, NothingUsable, UploadTooLarge
 │   ├── BadLabels
+│   ├── BadExport
 │   ├── BadQuery
 │   └── BadDicomWeb          UnsupportedMedia, NotAcceptable
 ├── Conflict
@@ -19,6 +20,7 @@ KeysliceError
 │   ├── BeingErased
 │   └── WeightsNotHere
 ├── LicenceNotAccepted
+├── PathNotAllowed
 ├── PeerNotAllowed, PeerFailed
 ├── BrokerDown
 ├── ErasureUnfinished
@@ -88,6 +90,10 @@ class JobNotFound(NotFound):
     """No job of this id."""
 
 
+class ExportNotFound(NotFound):
+    """No export of this id."""
+
+
 class PredictionNotFound(NotFound):
     """No prediction of this id was given."""
 
@@ -126,6 +132,10 @@ class UploadTooLarge(BadUpload):
 
 class BadLabels(BadRequest):
     """The labels table cannot train a head."""
+
+
+class BadExport(BadRequest):
+    """What was named as an export is none that can be read."""
 
 
 class BadQuery(BadRequest):
@@ -182,6 +192,10 @@ class WeightsNotHere(Conflict):
 
 class LicenceNotAccepted(KeysliceError):
     """The encoder's licence forbids commercial use, and the service was not told that there is none."""
+
+
+class PathNotAllowed(KeysliceError):
+    """No setting allows callers to name this path of the service's machine."""
 
 
 class PeerNotAllowed(KeysliceError):

@@ -87,6 +87,18 @@ def collect(files: Iterable[StagedFile], encoder_id: str, stores: Stores, settin
     return Intake(groups, set_aside)
 
 
+def adopt(files: Iterable[StagedFile], series_uid: str, encoder_id: str, stores: Stores) -> Intake:
+    """Archive the axial CT slices of one series, which is whole. A file of another series is set aside.
+
+    Its embedding is asked for in the catalog; who adopts sends the message. Raises BeingErased.
+    """
+    groups, set_aside = _group(files, stores, series_uid)
+    if arrivals := [_archive(series, stores) for series in groups]:
+        with _abandoning(arrivals, stores):
+            stores.catalog.collect(arrivals, encoder_id, None)
+    return Intake(groups, set_aside)
+
+
 def _all_files(
     files: Iterable[StagedFile], folder: Path, settings: Settings, patient_id: str
 ) -> Iterator[StagedFile | NamedSetAside]:
@@ -113,7 +125,7 @@ def _nifti(file: StagedFile, folder: Path, settings: Settings, patient_id: str) 
 
 
 def _group(
-    files: Iterable[StagedFile | NamedSetAside], stores: Stores
+    files: Iterable[StagedFile | NamedSetAside], stores: Stores, only: str | None = None
 ) -> tuple[list[SeriesIntake], list[NamedSetAside]]:
     """Usable slices by series; a file set aside goes with its series where that has usable slices."""
     groups: dict[str, SeriesIntake] = {}
@@ -128,6 +140,11 @@ def _group(
             file.path.unlink()
             continue
         uid, study_uid = str(header.SeriesInstanceUID), str(header.StudyInstanceUID)
+        if only not in (None, uid):
+            detail = "the file is another series' than it was when it was scanned"
+            aside[""].append(NamedSetAside(file.name, Reason.CHANGED, detail))
+            file.path.unlink()
+            continue
         # Without an id nobody can say that two studies are of one patient.
         patient_id = str(header.get("PatientID") or "").strip() or f"unknown-{study_uid}"
         if uid not in groups:

@@ -22,6 +22,7 @@ EMBED_SERIES = "keyslice.embed_series"
 INDEX_BAGS = "keyslice.index_bags"
 KEEP_INDEX = "keyslice.keep_index"
 TRAIN_HEAD = "keyslice.train_head"
+RUN_EXPORT = "keyslice.run_export"
 CHECK_CANARY = "keyslice.check_canary"
 HEAT_MAP = "keyslice.heat_map"
 EMBED_QUERY = "keyslice.embed_query"
@@ -94,6 +95,13 @@ class Queue:
         except BrokerDown:
             log.warning("broker does not answer; the sweep will send head %s later", head_id)
 
+    def export(self, export_id: str) -> None:
+        try:
+            self._send(RUN_EXPORT, export_id)
+            self._stores.exports.sent(export_id)
+        except BrokerDown:
+            log.warning("broker does not answer; the sweep will send export %s later", export_id)
+
     def heat_map(self, spot: HeatSpot) -> None:
         """Ask for a heat map. Raises BrokerDown; nothing is sent again, whoever waits will ask again."""
         self._send(HEAT_MAP, *spot.words())
@@ -115,6 +123,8 @@ class Queue:
             self._send(EMBED_SERIES, key.series_uid, key.encoder_id)
         for head_id in self._stores.heads.lost(stale, queue_is_empty=empty):
             self._send(TRAIN_HEAD, head_id)
+        for export_id in self._stores.exports.lost(stale, queue_is_empty=empty):
+            self._send(RUN_EXPORT, export_id)
         if empty and self._stores.indexes.not_indexed(limit=1):
             self._send(INDEX_BAGS)
         if empty and time.monotonic() - self._upkeep_sent > self._settings.index_upkeep_seconds:

@@ -49,6 +49,15 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(20 * 2**30, gt=0, description="bytes of one upload, archives as sent")
     max_upload_files: int = Field(100_000, gt=0, description="files of one upload, archive members counted")
     max_expansion: float = Field(50.0, gt=0, description="unpacked bytes per byte of archive")
+    export_roots: str = Field(
+        "",
+        description="directories, as paths or file: URIs between commas, below which callers may name exports by path; "
+        "unset, nowhere",
+    )
+    scan_processes: int = Field(2, ge=1, description="processes of a worker that read the headers of an export")
+    export_series_ahead: int = Field(
+        8, ge=1, description="series of an export that wait for the encoder or are in it; other work is queued behind"
+    )
     max_labels_bytes: int = Field(32 * 2**20, gt=0, description="bytes of a labels table")
     max_neighbours: int = Field(1000, gt=0, description="largest k of a search")
 

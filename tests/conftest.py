@@ -78,9 +78,16 @@ def stores(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stores]:
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def export_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below which callers of the shared service may name exports by path."""
+    return tmp_path_factory.mktemp("exports")
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, export_root: Path) -> Iterator[Running]:
     """`keyslice up` with its own broker and worker. Tests share it, so each brings patients of its own."""
-    with in_background(tmp_path_factory.mktemp("service"), KEYSLICE_SWEEP_SECONDS="1") as running:
+    quick = {"KEYSLICE_SWEEP_SECONDS": "1", "KEYSLICE_EXPORT_ROOTS": str(export_root)}
+    with in_background(tmp_path_factory.mktemp("service"), **quick) as running:
         yield running
 
 

@@ -15,6 +15,7 @@ from models.specs import EncoderSpec, WrongWeights, check_licence
 from models.zoo import encoders
 from service.settings import Settings
 from service.storage.stores import Stores, open_stores
+from workers.exports import ExportThreads
 
 # Far longer than any slice, or the volume of any series, takes to prepare.
 SLICE_SECONDS, VOLUME_SECONDS = 20.0, 900.0
@@ -26,6 +27,7 @@ class Resources:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stores: Stores = open_stores(settings)
+        self.exports = ExportThreads(settings, self.stores)
         self.training = threading.Lock()  # torch's random numbers are the process's: one head at a time
         self._lines: dict[str, Line] = {}
         self._loading = threading.Lock()
@@ -56,6 +58,7 @@ class Resources:
         return self.settings.own_encoder_id()
 
     def close(self) -> None:
+        self.exports.close()
         for line in self._lines.values():
             line.close()
         self.stores.close()

@@ -5,7 +5,16 @@ from typing import Any
 from celery import shared_task
 from sqlalchemy.exc import OperationalError
 
-from service.queue import CHECK_CANARY, EMBED_QUERY, EMBED_SERIES, HEAT_MAP, INDEX_BAGS, KEEP_INDEX, TRAIN_HEAD
+from service.queue import (
+    CHECK_CANARY,
+    EMBED_QUERY,
+    EMBED_SERIES,
+    HEAT_MAP,
+    INDEX_BAGS,
+    KEEP_INDEX,
+    RUN_EXPORT,
+    TRAIN_HEAD,
+)
 
 # What may be over in a moment: a disk or database that was away. Bad data is never retried.
 RETRIED: dict[str, Any] = {
@@ -46,6 +55,13 @@ def train_head(head_id: str) -> None:
     from workers import pipeline, resources
 
     pipeline.train_head(head_id, resources.resources())
+
+
+@shared_task(name=RUN_EXPORT)
+def run_export(export_id: str) -> None:
+    from workers import resources
+
+    resources.resources().exports.start(export_id)
 
 
 @shared_task(name=CHECK_CANARY)

@@ -5,13 +5,16 @@ import logging
 import re
 import warnings
 import zlib
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pydicom
 from pydicom import config, uid
 from pydicom.dataset import FileDataset
+from pydicom.filereader import read_partial
+from pydicom.tag import BaseTag
 
 # pydicom's warnings quote the value they complain of, and a value may be a patient's.
 config.settings.reading_validation_mode = config.IGNORE
@@ -83,7 +86,8 @@ def read_header(path: Path, also: Sequence[str | int] = ()) -> FileDataset:
 
 def header_of(file: BinaryIO, also: Sequence[str | int] = ()) -> FileDataset:
     """The same of an open file, which is then where its PixelData begins unless it is deflated. Raises NotDicom."""
-    header = _read(file, specific_tags=[*HEADER_TAGS, *also], stop_before_pixels=True)
+    tags: list[Any] = [*HEADER_TAGS, *also]
+    header = _read(file, partial(pydicom.dcmread, specific_tags=tags, stop_before_pixels=True))
     if header.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
         return header
     start = file.tell()
@@ -91,6 +95,26 @@ def header_of(file: BinaryIO, also: Sequence[str | int] = ()) -> FileDataset:
         del header.Rows
     file.seek(start)
     return header
+
+
+def start_of(file: BinaryIO, tags: Mapping[int, str]) -> dict[str, str]:
+    """Text values, ASCII by their representation, of tags in order, by keyword; nothing behind the last tag is read.
+
+    pydicom.dcmread(stop_before_pixels=True) goes on through all of the header. Raises NotDicom.
+    """
+    last = max(tags)
+
+    def behind(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        return int.__gt__(tag, last)  # BaseTag's own comparison takes as long as reading the element
+
+    header = _read(file, partial(read_partial, stop_when=behind, specific_tags=[*tags]), optional=())
+    found = {keyword: header.get_item(tag) for tag, keyword in tags.items()}
+    # As it stands in the file: converting an element takes as long as reading the header up to it.
+    return {
+        keyword: raw.value.decode("ascii", "replace").strip(" \0")
+        for keyword, raw in found.items()
+        if raw is not None and isinstance(raw.value, bytes)
+    }
 
 
 def read_whole(path: Path) -> FileDataset:
@@ -104,7 +128,7 @@ def read_whole(path: Path) -> FileDataset:
 def read_elements(path: Path, longest: int) -> FileDataset:
     """Every element; values of more than `longest` bytes are read from the file when asked for. Raises NotDicom."""
     with path.open("rb") as file:
-        dataset = _read(file, defer_size=longest)
+        dataset = _read(file, partial(pydicom.dcmread, defer_size=longest))
         if dataset.file_meta.get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian:
             file.seek(0)
             dataset = _read(file)  # there is no place in the file to read them from later
@@ -119,18 +143,20 @@ def texts(header: FileDataset, keyword: str) -> list[str]:
     return [str(each) for each in (value if isinstance(value, MutableSequence) else [value])]
 
 
-def _read(file: BinaryIO, **options: Any) -> FileDataset:
+def _read(
+    file: BinaryIO, read: Callable[..., FileDataset] = pydicom.dcmread, optional: Sequence[str] = OPTIONAL
+) -> FileDataset:
     marked = file.read(132)[128:] == b"DICM"  # PS3.10 7.1; older exports lack it and are read all the same
     _check_inflated(file)
     file.seek(0)
     try:
-        dataset = pydicom.dcmread(file, force=True, **options)
+        dataset = read(file, force=True)
         named = "SOPInstanceUID" in dataset
     except Exception as error:  # arbitrary bytes make pydicom raise anything
         raise NotDicom(f"{type(error).__name__} while reading it as DICOM") from error
     if not marked and not named:
         raise NotDicom("no DICM marker at byte 128 and no SOPInstanceUID, expected a DICOM file")
-    for keyword in OPTIONAL:
+    for keyword in optional:
         try:
             dataset.get(keyword)
         except Exception:  # pydicom converts values when they are asked for

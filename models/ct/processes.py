@@ -3,7 +3,6 @@
 import ctypes
 import errno
 import math
-import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -17,9 +16,8 @@ from numpy.typing import NDArray
 
 from models.ct.screening import Reason, SetAside
 from models.memory import keep_freed_memory
+from models.spawn import SPAWN, end_with_parent
 
-# Forking a process that has run torch hangs.
-SPAWN = multiprocessing.get_context("spawn")
 START_SECONDS = 120.0  # until a new process has imported what it needs, on a busy machine
 ATTEMPTS = 2  # at one item, should its process die
 
@@ -127,7 +125,7 @@ class _Process:
 def _serve(pipe: Connection, prepare: Prepare, memory: Any, shape: tuple[int, ...]) -> None:
     keep_freed_memory()
     cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     slots = np.frombuffer(memory, np.float32).reshape(shape)
     pipe.send("awake")
     while True:
@@ -142,10 +140,3 @@ def _answer(prepare: Prepare, item: Any, out: NDArray[np.float32]) -> Any:
         return OSError(error.errno, os.strerror(error.errno or 0))
     except Exception as error:  # the message may hold what the file held
         return RuntimeError(f"{type(error).__name__} while preparing")
-
-
-def _end_with_parent() -> None:
-    """A killed parent leaves no orphan behind, not even one that is busy."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-        os._exit(0)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from pydicom.dataset import FileDataset
 from pydicom.uid import CTImageStorage
 
 from models.ct.decode import DECODERS
-from models.ct.header import NotDicom, read_header, read_whole, texts
+from models.ct.header import NotDicom, read_header, read_whole, start_of, texts
 from models.ct.multiframe import (
     MULTIFRAME_CLASSES,
     BadFrames,
@@ -36,6 +37,14 @@ MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 
 # A file of more bytes than any single slice has may hold a thousand frames; its header says so before it is read whole.
 LARGE_FILE_BYTES = 4 * 2**20
+
+# What _identity() asks for.
+IDENTITY = {
+    0x00080018: "SOPInstanceUID",
+    0x00080060: "Modality",
+    0x0020000D: "StudyInstanceUID",
+    0x0020000E: "SeriesInstanceUID",
+}
 
 # Units of rescaled values that are no HU: optical density, and maps of a multi-energy CT (PS3.3 C.11.1.1.2).
 NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")
@@ -65,6 +74,11 @@ class Reason(StrEnum):
     DUPLICATE_POSITION = "duplicate_position"
     OVERLAPPING_STACK = "overlapping_stack"
     SERIES_OF_ANOTHER_PATIENT = "series_of_another_patient"
+    SYMLINK = "symlink"
+    NOT_A_FILE = "not_a_file"
+    UNREADABLE_FILE = "unreadable_file"
+    VANISHED = "vanished"
+    CHANGED = "changed"
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,20 @@ class Frames:
     """The file holds this many frames, each to be asked for by its number."""
 
     count: int
+
+
+def series_of(file: BinaryIO) -> str | SetAside:
+    """The SeriesInstanceUID of an open CT file, from the beginning of its header alone; or why the file is set aside.
+
+    What is no CT, or cannot be told from others, is found here; whether it is a usable slice, by screened_header().
+    """
+    try:
+        header = start_of(file, IDENTITY)
+    except NotDicom as error:
+        return SetAside(Reason.NOT_DICOM, str(error))
+    found = _first_of(check(header) for check in (_identity,))
+    uid = _series_uid(header)
+    return replace(found, series_uid=uid) if found else uid
 
 
 def screened_header(path: Path) -> FileDataset | SetAside:
@@ -157,10 +185,10 @@ def _screened(path: Path, read: Callable[[Path], FileDataset]) -> FileDataset | 
     return replace(found, series_uid=_series_uid(dataset)) if found else dataset
 
 
-def _series_uid(dataset: FileDataset) -> str:
+def _series_uid(dataset: FileDataset | dict[str, str]) -> str:
     try:
         return str(dataset.get("SeriesInstanceUID", ""))
-    except Exception:  # as in _screen()
+    except Exception:  # as in _first_of()
         return ""
 
 
@@ -170,8 +198,12 @@ def _of_frame(number: int, frame: FileDataset) -> FileDataset | SetAside:
 
 
 def _screen(header: FileDataset) -> SetAside | None:
+    return _first_of(_complaints(header))
+
+
+def _first_of(complaints: Iterator[SetAside | None]) -> SetAside | None:
     try:
-        return next(filter(None, _complaints(header)), None)
+        return next(filter(None, complaints), None)
     except BadFrames as error:
         return SetAside(Reason.MULTIFRAME, str(error))
     except Exception as error:  # pydicom converts values when they are read, and a broken one raises anything
@@ -201,7 +233,7 @@ def _frames(header: FileDataset) -> SetAside | None:
     return SetAside(reason, f"none of {reasons.total()} frames is usable, {count} for this reason")
 
 
-def _identity(header: FileDataset) -> SetAside | None:
+def _identity(header: FileDataset | dict[str, str]) -> SetAside | None:
     modality = str(header.get("Modality", ""))
     if modality != "CT":
         return SetAside(Reason.NOT_CT, f"Modality is {modality or 'missing'}, expected CT")

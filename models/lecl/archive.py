@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.multiframe import is_multiframe
-from models.ct.processes import SPAWN
 from models.ct.screening import Reason, SetAside, screened_header
 from models.ct.series import CTSlice, slice_of
 from models.lecl.boxes import Boxes, inside, read_boxes
 from models.lecl.hu_cache import cache_of, fill_cache
 from models.lecl.sources import BadSource, Box, CTImage
+from models.spawn import SPAWN
 
 FEW = 1000  # files; they are read sooner than other processes have started
 AT_ONCE = 512  # files; their answers wait in memory for whoever takes them, half a megabyte each

@@ -11,7 +11,7 @@ from service.deps import StoresDep
 from service.schemas.base import Text
 from service.schemas.jobs import Job, JobSeries, JobState
 from service.storage.stores import Stores
-from service.storage.tables import HeadRow
+from service.storage.tables import ExportRow, HeadRow
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -21,7 +21,7 @@ ENDED = ("done", "failed", "cancelled")
 
 @router.get("/{job_id}")
 def get_job(job_id: Text, stores: StoresDep) -> Job:
-    """How far the work is: slices, or epochs, done of those known."""
+    """How far the work is: slices, epochs, files or series done of those known."""
     return _job(stores, job_id)
 
 
@@ -49,7 +49,7 @@ async def get_events(job_id: Text, stores: StoresDep) -> EventSourceResponse:
 
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: Text, stores: StoresDep) -> Job:
-    """Stop the work: a training for good, of an upload the series that no worker has begun.
+    """Stop the work: a training for good, of an upload the series that no worker has begun, of an export the rest.
 
     Cancelled series are `failed` and begin anew when they are posted again. A job that has ended stays as it is.
     """
@@ -61,6 +61,8 @@ def _job(stores: Stores, job_id: str) -> Job:
     job, embeddings, received = stores.catalog.job(job_id)
     if job.head is not None:
         return _training(job_id, job.head)
+    if job.export is not None:
+        return _exporting(job_id, job.export)
     series = [
         JobSeries(series_uid=uid, state=row.state, done=row.done, known=row.known or received[uid], error=row.error)
         for uid, row in embeddings.items()
@@ -75,6 +77,7 @@ def _job(stores: Stores, job_id: str) -> Job:
         unit="slices",
         series=series,
         head_id=None,
+        export_id=None,
         error=None,
     )
 
@@ -96,7 +99,26 @@ def _training(job_id: str, head: HeadRow) -> Job:
         unit="epochs",
         series=[],
         head_id=head.head_id,
+        export_id=None,
         error=head.error,
+    )
+
+
+def _exporting(job_id: str, export: ExportRow) -> Job:
+    """Its series are in GET /v1/exports/{export_id}: they may be many. Done, even where some of them failed."""
+    states: dict[str, JobState] = {"done": "done", "failed": "failed", "cancelled": "cancelled", "running": "running"}
+    return Job(
+        job_id=job_id,
+        kind="export",
+        state=states.get(export.state, "waiting"),
+        created_at=export.created_at,
+        done=export.done,
+        known=export.known,
+        unit="series" if export.scanned_at else "files",
+        series=[],
+        head_id=None,
+        export_id=export.export_id,
+        error=export.error,
     )
 
 

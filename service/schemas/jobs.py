@@ -3,6 +3,8 @@
 from datetime import datetime
 from typing import Literal
 
+from pydantic import Field
+
 from service.schemas.base import Schema
 from service.schemas.series import State
 
@@ -19,12 +21,15 @@ class JobSeries(Schema):
 
 class Job(Schema):
     job_id: str
-    kind: Literal["embed", "train"]
+    kind: Literal["embed", "train", "export"]
     state: JobState
     created_at: datetime
     done: int
     known: int
-    unit: Literal["slices", "epochs"]
+    unit: Literal["slices", "epochs", "files", "series"] = Field(
+        description="of an export: files while it is scanned, how many there are being unknown, then series"
+    )
     series: list[JobSeries]
     head_id: str | None
+    export_id: str | None
     error: str | None

@@ -21,10 +21,12 @@ from service.errors import (
 )
 from service.storage.archive import Archive
 from service.storage.database import Database, alone
+from service.storage.exports import cancel
 from service.storage.keys import EmbeddingKey
 from service.storage.tables import (
     EmbeddingRow,
     ErasingSeriesRow,
+    ExportRow,
     HeadRow,
     JobRow,
     JobSeriesRow,
@@ -80,14 +82,17 @@ class Catalog:
                 session.add(JobSeriesRow(job_id=job_id, series_uid=arrival.series_uid, encoder_id=encoder_id))
         return job_id
 
-    def collect(self, arrivals: Sequence[Arrival], encoder_id: str, quiet: Quiet) -> None:
-        """Note slices of series of which more may come; the sweep asks for their embeddings when they are whole."""
+    def collect(self, arrivals: Sequence[Arrival], encoder_id: str, quiet: Quiet | None) -> None:
+        """Note slices of series of which more may come; the sweep asks for their embeddings when they are whole.
+
+        Without a quiet time they are whole now.
+        """
         try:
             self._collect(arrivals, encoder_id, quiet)
         except IntegrityError:  # as in receive()
             self._collect(arrivals, encoder_id, quiet)
 
-    def _collect(self, arrivals: Sequence[Arrival], encoder_id: str, quiet: Quiet) -> None:
+    def _collect(self, arrivals: Sequence[Arrival], encoder_id: str, quiet: Quiet | None) -> None:
         with self._database.write() as session:
             for arrival in sorted(arrivals, key=lambda each: each.series_uid):
                 _note(session, arrival, encoder_id, self._archive, quiet)
@@ -305,11 +310,15 @@ class Catalog:
         return answer
 
     def cancel(self, job_id: str) -> None:
-        """Give up what of a job no worker has begun, and a head in training. What has ended stays as it is."""
+        """Give up what of a job no worker has begun, a head in training, an export. What has ended stays as it is."""
         with self._database.write() as session:
             job = session.get(JobRow, job_id)
             if job is None:
                 raise JobNotFound(f"no job {job_id}")
+            if job.export is not None:
+                if cancel(session, session.get_one(ExportRow, job.export.export_id, with_for_update=True)):
+                    job.cancelled_at = now()
+                return
             if job.head_id is not None:
                 head = session.get_one(HeadRow, job.head_id, with_for_update=True)
                 stopped = [head] if head.state in ("received", "queued", "training") else []

@@ -5,7 +5,6 @@ A head goes by its id, by `name@version`, or by its name alone, which means the 
 
 import uuid
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import delete, exists, func, select, update
@@ -15,6 +14,7 @@ from sqlalchemy.orm import Session, undefer
 from service.errors import HeadNotFound, HeadNotReady
 from service.storage.database import Database
 from service.storage.tables import HeadNetworkRow, HeadRow, JobRow, now
+from service.storage.work import lost, taken_on
 
 
 class Heads:
@@ -55,30 +55,14 @@ class Heads:
 
     def lost(self, stale_seconds: float, queue_is_empty: bool) -> list[str]:
         """Heads whose worker fell silent or whose message is gone; they are waiting again."""
-        states = ["training", "received"] + (["queued"] if queue_is_empty else [])
-        stale = HeadRow.touched_at < now() - timedelta(seconds=stale_seconds)
         with self._database.write() as session:
-            rows = session.scalars(select(HeadRow).where(HeadRow.state.in_(states), stale)).all()
-            for row in rows:
-                row.state, row.holder, row.touched_at = "queued", None, now()
-            return [row.head_id for row in rows]
+            return [row.head_id for row in lost(session, HeadRow, "training", stale_seconds, queue_is_empty)]
 
     def claim(self, head_id: str, holder: str, stale_seconds: float, max_attempts: int) -> bool:
         """Take a head's training on; False where it is done, given up, or in a living worker's hands."""
         with self._database.write() as session:
             row = session.get(HeadRow, head_id, with_for_update=True)
-            if row is None or row.state not in ("received", "queued", "training"):
-                return False
-            if row.state == "training" and row.touched_at > now() - timedelta(seconds=stale_seconds):
-                return False
-            if row.attempts >= max_attempts:
-                row.state, row.error = (
-                    "failed",
-                    f"given up after {row.attempts} attempts: {row.error or 'the worker died'}",
-                )
-                return False
-            row.state, row.holder, row.touched_at, row.attempts = "training", holder, now(), row.attempts + 1
-            return True
+            return row is not None and taken_on(row, "training", holder, stale_seconds, max_attempts)
 
     def progress(self, head_id: str, done: int, known: int) -> bool:
         """Epochs done of epochs known; also the sign that the worker lives. False where nobody wants the head now."""

@@ -8,8 +8,10 @@ from service.storage.bags import Bags
 from service.storage.canaries import Canaries
 from service.storage.catalog import Catalog
 from service.storage.cohorts import Cohorts
+from service.storage.contents import ExportContents
 from service.storage.database import Database, upgrade
 from service.storage.erasures import Erasures
+from service.storage.exports import Exports
 from service.storage.figures import Figures
 from service.storage.heads import Heads
 from service.storage.health import Health
@@ -45,6 +47,8 @@ class Stores:
     selection: Selection
     tags: Tags
     queries: Queries
+    exports: Exports
+    contents: ExportContents
 
     def close(self) -> None:
         self.database.engine.dispose()
@@ -77,4 +81,6 @@ def open_stores(settings: Settings) -> Stores:
         selection=Selection(database),
         tags=Tags(database),
         queries=Queries(settings.staging_dir / "queries"),
+        exports=Exports(database),
+        contents=ExportContents(database),
     )

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     DateTime,
     Dialect,
     ForeignKey,
@@ -261,7 +262,7 @@ class PredictionBagRow(Row):
 
 
 class JobRow(Row):
-    """Work a caller can watch: an upload's series, or a head in training. Its state is theirs."""
+    """Work a caller can watch: an upload's series, a head in training, or an export. Its state is theirs."""
 
     __tablename__ = "jobs"
 
@@ -271,6 +272,7 @@ class JobRow(Row):
     head_id: Mapped[str | None] = mapped_column(ForeignKey(HeadRow.head_id))
 
     head: Mapped[HeadRow | None] = relationship(lazy="joined")
+    export: Mapped["ExportRow | None"] = relationship(lazy="joined", uselist=False)
 
 
 class JobSeriesRow(Row):
@@ -279,6 +281,57 @@ class JobSeriesRow(Row):
     job_id: Mapped[str] = mapped_column(ForeignKey(JobRow.job_id), primary_key=True)
     series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid), primary_key=True)
     encoder_id: Mapped[str]
+
+
+class ExportRow(Work, Row):
+    """A directory, archive, bucket prefix or server whose series are embedded. `done` of `known` counts its series, and
+    files before it is scanned."""
+
+    __tablename__ = "exports"
+
+    export_id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey(JobRow.job_id), unique=True)
+    uri: Mapped[str] = mapped_column(index=True)
+    encoder_id: Mapped[str]
+    options: Mapped[dict[str, Any]]  # dry_run: scanned only
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    scanned_at: Mapped[datetime | None]  # since when all its files are in export_files
+    ended_at: Mapped[datetime | None]
+
+
+class ExportFileRow(Row):
+    """A file of an export, as the scan found it: of which series, or why it is not used."""
+
+    __tablename__ = "export_files"
+
+    export_id: Mapped[str] = mapped_column(ForeignKey(ExportRow.export_id), primary_key=True)
+    file_key: Mapped[bytes] = mapped_column(LargeBinary, primary_key=True)  # ExportFile.key()
+    name: Mapped[bytes] = mapped_column(LargeBinary)  # below the export's root; file systems know bytes
+    size: Mapped[int] = mapped_column(BigInteger)  # bytes
+    place: Mapped[int] = mapped_column(BigInteger)  # where in an archive it begins
+    series_uid: Mapped[str]  # empty where its header names none
+    reason: Mapped[str | None]
+    detail: Mapped[str]
+
+    __table_args__ = (Index("ix_export_files_series", "export_id", "series_uid"),)
+
+
+class ExportSeriesRow(Row):
+    """What became of a series of an export."""
+
+    __tablename__ = "export_series"
+
+    export_id: Mapped[str] = mapped_column(ForeignKey(ExportRow.export_id), primary_key=True)
+    series_uid: Mapped[str] = mapped_column(primary_key=True)
+    state: Mapped[str]  # waiting, embedding; embedded, rejected, failed, set_aside, cancelled; found of a dry run
+    files: Mapped[int]
+    started_at: Mapped[datetime | None]
+    seconds: Mapped[float | None]  # from its copy to its embedding
+    slices: Mapped[int | None]  # in the embedding
+    slices_set_aside: Mapped[dict[str, Any] | None]  # by the embedding: reason to number
+    error: Mapped[str | None]
+
+    __table_args__ = (Index("ix_export_series_state", "export_id", "state"),)
 
 
 class LeaseRow(Row):

@@ -1,0 +1,114 @@
+"""SQL: exports, who works on them and how far they are."""
+
+import uuid
+from typing import Any
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from service.errors import ExportNotFound
+from service.storage.database import Database
+from service.storage.tables import ExportRow, ExportSeriesRow, JobRow, now
+from service.storage.work import lost, taken_on
+
+OPEN = ("received", "queued", "running")
+
+
+class Exports:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, uri: str, encoder_id: str, options: dict[str, Any]) -> tuple[ExportRow, bool]:
+        """An export to be embedded, and whether it is an earlier one of the same that had not come to its end.
+
+        One that was scanned and then failed goes on where it was.
+        """
+        same = select(ExportRow).where(ExportRow.uri == uri, ExportRow.encoder_id == encoder_id)
+        with self._database.write() as session:
+            for row in session.scalars(same.order_by(ExportRow.created_at.desc()).with_for_update()):
+                if row.options == options and (row.state in OPEN or (row.state == "failed" and row.scanned_at)):
+                    if row.state == "failed":
+                        row.state, row.attempts, row.error, row.ended_at = "received", 0, None, None
+                    return row, True
+            job_id = uuid.uuid4().hex
+            session.add(JobRow(job_id=job_id))
+            session.flush()
+            row = ExportRow(export_id=uuid.uuid4().hex[:12], job_id=job_id, uri=uri, encoder_id=encoder_id)
+            row.options, row.state = options, "received"
+            session.add(row)
+            return row, False
+
+    def get(self, export_id: str) -> ExportRow:
+        with self._database.read() as session:
+            row = session.get(ExportRow, export_id)
+        if row is None:
+            raise ExportNotFound(f"no export {export_id}")
+        return row
+
+    def sent(self, export_id: str) -> None:
+        with self._database.write() as session:
+            rows = update(ExportRow).where(ExportRow.export_id == export_id, ExportRow.state == "received")
+            session.execute(rows.values(state="queued", touched_at=now()))
+
+    def lost(self, stale_seconds: float, queue_is_empty: bool) -> list[str]:
+        """Exports whose worker fell silent or whose message is gone; they are waiting again."""
+        with self._database.write() as session:
+            return [row.export_id for row in lost(session, ExportRow, "running", stale_seconds, queue_is_empty)]
+
+    def claim(self, export_id: str, holder: str, stale_seconds: float, max_attempts: int) -> bool:
+        """Take an export on; False where it has ended, is given up, or in a living worker's hands."""
+        with self._database.write() as session:
+            row = session.get(ExportRow, export_id, with_for_update=True)
+            return row is not None and taken_on(row, "running", holder, stale_seconds, max_attempts)
+
+    def touch(self, export_id: str, holder: str) -> bool:
+        """The sign that the worker lives. False where the export was cancelled, or is in other hands."""
+        with self._database.note() as session:
+            return touch(session, export_id, holder)
+
+    def finish(self, export_id: str, holder: str) -> None:
+        """Every series has come to its end."""
+        self._end(export_id, holder, "done", None)
+
+    def fail(self, export_id: str, holder: str, error: str) -> None:
+        self._end(export_id, holder, "failed", error)
+
+    def release(self, export_id: str, holder: str, error: str | None = None) -> None:
+        """Hand an export back, to be taken up where it is."""
+        with self._database.write() as session:
+            rows = _held(export_id, holder).values(state="received", holder=None, error=error, touched_at=now())
+            session.execute(rows if error else rows.values(attempts=0))  # a worker that ends in peace is no attempt
+
+    def list(self, *, after: str | None, limit: int) -> list[ExportRow]:
+        """In the order of their ids, those behind `after`."""
+        query = select(ExportRow).order_by(ExportRow.export_id).limit(limit)
+        if after is not None:
+            query = query.where(ExportRow.export_id > after)
+        with self._database.read() as session:
+            return [*session.scalars(query)]
+
+    def _end(self, export_id: str, holder: str, state: str, error: str | None) -> None:
+        with self._database.write() as session:
+            session.execute(_held(export_id, holder).values(state=state, holder=None, error=error, ended_at=now()))
+
+
+def touch(session: Session, export_id: str, holder: str, **values: Any) -> bool:
+    """Within a transaction: the export is still this holder's, and these columns of it are set."""
+    answer = session.execute(_held(export_id, holder).values(touched_at=now(), **values))
+    return bool(answer.rowcount)  # type: ignore[attr-defined]
+
+
+def cancel(session: Session, row: ExportRow) -> bool:
+    """No further series is begun; those that workers have are embedded all the same. False where it has ended."""
+    if row.state not in OPEN:
+        return False
+    row.state, row.holder, row.ended_at = "cancelled", None, now()
+    unfinished = ExportSeriesRow.state.in_(("waiting", "embedding"))
+    rows = update(ExportSeriesRow).where(ExportSeriesRow.export_id == row.export_id, unfinished)
+    session.execute(rows.values(state="cancelled"))
+    return True
+
+
+def _held(export_id: str, holder: str) -> Any:
+    mine = (ExportRow.export_id == export_id, ExportRow.holder == holder, ExportRow.state == "running")
+    return update(ExportRow).where(*mine)

@@ -1,0 +1,231 @@
+"""Exports: scanned, then taken in series by series, each embedded before it counts as done."""
+
+import logging
+import os
+import shutil
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+from service.archives import Kind, kind_of
+from service.errors import BadArchive, BadExport, BeingErased
+from service.exports import path_of
+from service.intake import adopt
+from service.queue import Queue
+from service.settings import Settings
+from service.storage.contents import NotHeld
+from service.storage.files import ExportFile
+from service.storage.stores import Stores
+from service.storage.tables import now
+from service.uploads import StagedFile
+from workers.archives import Tar, Zip
+from workers.scanning import scan
+from workers.sources import NotFetched, Source, Tree
+
+POLL_SECONDS = 0.25  # between two looks at the series that are being embedded
+CLOSE_SECONDS = 10.0  # for an export to hand itself back when its worker ends
+
+log = logging.getLogger(__name__)
+
+
+class ExportThreads:
+    """The exports of a worker process, one at a time, each in a thread of its own.
+
+    Not in the task that brought it: an export waits for embeddings, and would hold the thread they need.
+    """
+
+    def __init__(self, settings: Settings, stores: Stores) -> None:
+        self._settings, self._stores = settings, stores
+        self._one = threading.Lock()
+        self._stopping = threading.Event()
+        self._threads: dict[str, threading.Thread] = {}
+
+    def start(self, export_id: str) -> None:
+        """See to an export, unless this process does already."""
+        running = self._threads.get(export_id)
+        if running is None or not running.is_alive():
+            thread = threading.Thread(target=self._run, args=(export_id,), name="export", daemon=True)
+            self._threads[export_id] = thread
+            thread.start()
+
+    def close(self) -> None:
+        self._stopping.set()
+        for thread in [*self._threads.values()]:
+            thread.join(CLOSE_SECONDS)
+
+    def _run(self, export_id: str) -> None:
+        queue = Queue(self._settings, self._stores)
+        try:
+            with self._one:
+                run_export(export_id, self._stores, self._settings, queue, self._stopping)
+        except Exception as error:  # a catalog that is away: the sweep finds the export again
+            log.error("export %s: %s", export_id, type(error).__name__)
+        finally:
+            queue.close()
+            self._threads.pop(export_id, None)
+
+
+def run_export(
+    export_id: str, stores: Stores, settings: Settings, queue: Queue, stopping: threading.Event | None = None
+) -> None:
+    """Bring an export to its end, from wherever it is. Twice changes nothing; `stopping` hands it back."""
+    exports, holder = stores.exports, f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+    if stopping and stopping.is_set():
+        return
+    if not exports.claim(export_id, holder, settings.stale_seconds, settings.max_attempts):
+        return
+    try:
+        with _kept(export_id, holder, stores, settings, stopping) as over, _folder(export_id, settings) as folder:
+            _Run(export_id, holder, stores, settings, queue, folder, over).run()
+    except NotHeld:  # cancelled, taken over, or the worker ends
+        exports.release(export_id, holder)
+    except (BadArchive, BadExport) as error:
+        exports.fail(export_id, holder, str(error))
+    except (OSError, OperationalError, BrokenExecutor) as error:
+        log.warning("export %s: %s, to be tried again", export_id, type(error).__name__)
+        exports.release(export_id, holder, type(error).__name__)
+    except Exception as error:  # nothing may leave an export running for ever
+        log.error("export %s: %s", export_id, type(error).__name__)
+        exports.fail(export_id, holder, f"{type(error).__name__} while it was embedded")
+
+
+def open_source(uri: str, folder: Path, settings: Settings) -> Source:
+    """What the URI names; `folder` has room for what must be unpacked. Raises BadExport or BadArchive."""
+    path = Path(os.fsdecode(path_of(uri)))
+    if path.resolve() != path:
+        raise BadExport("a symbolic link has taken the place of a part of the path")
+    if path.is_dir():
+        return Tree(os.fsencode(path))
+    kind = kind_of(path) if path.is_file() else None
+    if kind is Kind.ZIP:
+        return Zip(path, settings.max_expansion)
+    if kind is Kind.TAR:
+        return Tar(path, folder, settings.max_expansion)
+    raise BadExport("there is no directory or archive at the path any more")
+
+
+class _Run:
+    """One attempt at an export."""
+
+    def __init__(
+        self,
+        export_id: str,
+        holder: str,
+        stores: Stores,
+        settings: Settings,
+        queue: Queue,
+        folder: Path,
+        over: threading.Event,
+    ) -> None:
+        self._export_id, self._holder, self._folder, self._over = export_id, holder, folder, over
+        self._stores, self._settings, self._queue = stores, settings, queue
+        self._export = stores.exports.get(export_id)
+        self._source = open_source(self._export.uri, folder, settings)
+
+    def run(self) -> None:
+        dry_run = self._export.options["dry_run"]
+        if self._export.scanned_at is None:
+            self._scan()
+            self._stores.contents.scanned(self._export_id, self._holder, dry_run=dry_run)
+        if not dry_run:
+            self._embed()
+        self._stores.exports.finish(self._export_id, self._holder)
+
+    def _scan(self) -> None:
+        contents = self._stores.contents
+        unrecorded = partial(contents.unrecorded, self._export_id)
+        for files in scan(self._source, self._settings.scan_processes, unrecorded):
+            self._check()
+            contents.record(self._export_id, self._holder, files)
+
+    def _embed(self) -> None:
+        contents = self._stores.contents
+        while True:
+            self._check()
+            on_their_way = contents.settle(self._export_id, self._holder)
+            following = contents.next_series(self._export_id)
+            if following and on_their_way < self._settings.export_series_ahead:
+                self._hand_over(following)
+            elif following or on_their_way:
+                self._over.wait(POLL_SECONDS)
+            else:
+                return
+
+    def _hand_over(self, series_uid: str) -> None:
+        """Copy a series' files, archive the usable ones, ask for the embedding; the note of it comes last."""
+        contents, started_at = self._stores.contents, now()
+        files = {file.key().hex(): file for file in contents.usable_files(self._export_id, series_uid)}
+        aside: list[ExportFile] = []
+        with TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
+            staged = self._copied(files, Path(folder), aside)
+            try:
+                taken = adopt(staged, series_uid, self._export.encoder_id, self._stores)
+            except BeingErased as error:
+                contents.handed_over(self._export_id, self._holder, series_uid, started_at, [], "failed", str(error))
+                return
+        refused = taken.set_aside + [each for series in taken.series for each in series.set_aside]
+        aside += [files[each.file].aside(each.reason, each.detail) for each in refused]
+        state = "embedding" if taken.series else "set_aside"
+        if taken.series:
+            self._queue.embed(self._stores.catalog.complete(series_uid))
+        contents.handed_over(self._export_id, self._holder, series_uid, started_at, aside, state)
+
+    def _copied(self, files: dict[str, ExportFile], folder: Path, aside: list[ExportFile]) -> Iterator[StagedFile]:
+        """Each file's copy under its key; what cannot be copied goes to `aside`."""
+        for key, file in files.items():
+            self._check()
+            try:
+                self._source.fetch(file, folder / key)
+            except NotFetched as error:
+                aside.append(file.aside(error.reason, str(error)))
+            else:
+                yield StagedFile(folder / key, key)
+
+    def _check(self) -> None:
+        if self._over.is_set():
+            raise NotHeld
+
+
+@contextmanager
+def _kept(
+    export_id: str, holder: str, stores: Stores, settings: Settings, stopping: threading.Event | None
+) -> Iterator[threading.Event]:
+    """Show every few seconds that the worker lives; the event is set once the export is no longer its own."""
+    over, ended = threading.Event(), threading.Event()
+
+    def keep() -> None:
+        while not ended.wait(min(1.0, settings.stale_seconds / 4)):
+            try:
+                if not stores.exports.touch(export_id, holder):
+                    over.set()
+            except SQLAlchemyError:  # a catalog that is away; whatever writes to it next finds out
+                continue
+            if stopping and stopping.is_set():
+                over.set()
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield over
+    finally:
+        ended.set()
+        keeper.join()
+
+
+@contextmanager
+def _folder(export_id: str, settings: Settings) -> Iterator[Path]:
+    """A directory for one attempt; what a killed one left behind is removed."""
+    root = settings.staging_dir
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(f"export-{export_id}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(dir=root, prefix=f"export-{export_id}-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
