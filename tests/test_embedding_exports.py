@@ -260,6 +260,24 @@ def test_a_death_between_any_two_steps_loses_nothing(lines, own, settings, root,
     assert aside(own, export_id) == {b"notes.txt": "not_dicom"}
 
 
+def test_an_erasure_takes_the_names_of_an_export_along(own, settings, tmp_path, embedder):
+    gone, stays = Identity("GONE-7"), Identity("STAYS-7")
+    put(tmp_path / "GONE-7", gone)
+    put(tmp_path / "GONE-7", stays)
+    (tmp_path / "GONE-7" / "GONE-7.txt").write_text("a note")
+    embedder(own)
+    export_id = begin(own, tmp_path / "GONE-7")
+    run(own, settings, export_id)
+
+    own.erasures.begin(patient_id="GONE-7")
+
+    assert own.exports.get(export_id).uri == "erased:"
+    assert aside(own, export_id) == {}
+    assert [row.series_uid for row in own.contents.series(export_id)] == [stays.series_uid]
+    assert own.contents.usable_files(export_id, gone.series_uid) == []
+    assert len(own.contents.usable_files(export_id, stays.series_uid)) == 4
+
+
 def test_a_worker_that_lost_its_export_writes_nothing_more(own):
     export_id = begin(own, Path("/nowhere"))
     assert own.exports.claim(export_id, "first", 15, 3)

@@ -170,6 +170,8 @@ def test_no_byte_of_an_erased_series_is_left_and_the_others_stay(eraser):
         "predictions": 1,
         "prediction_bags": 1,
         "job_series": 2,
+        "export_files": 0,
+        "export_series": 0,
     }
     assert row.erased_at and row.patient_id is None and row.series == 1
 
@@ -437,8 +439,17 @@ NAMING = {
     "path",
     "file",
 }
-BY_SERIES = {"series", "series_tags", "pooled", "prediction_bags", "job_series", "embeddings"}  # their series_uid
-SEEN_TO = BY_SERIES | {"patients", "predictions", "heads", "erasures", "erasing_series"}
+BY_SERIES = {
+    "series",
+    "series_tags",
+    "pooled",
+    "prediction_bags",
+    "job_series",
+    "embeddings",
+    "export_files",
+    "export_series",
+}  # their series_uid
+SEEN_TO = BY_SERIES | {"exports", "patients", "predictions", "heads", "erasures", "erasing_series"}
 
 
 def test_every_table_that_names_a_series_or_a_patient_is_seen_to():

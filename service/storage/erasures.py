@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.errors import ErasureNotFound, PatientNotFound, SeriesNotFound
 from service.storage.database import Database
+from service.storage.exports import forget
 from service.storage.tables import (
     ErasingSeriesRow,
     ErasureRow,
@@ -70,6 +71,8 @@ class Erasures:
             for uid in uids:
                 holders = [row.holder for row in embeddings if row.series_uid == uid and row.state == "embedding"]
                 session.add(ErasingSeriesRow(series_uid=uid, erasure_id=erasure.erasure_id, holders=holders))
+            for some in _parts(uids):
+                forget(session, some, [patient.patient_id for patient in patients])
             erasure.removed = _leave_tables(session, uids)
             session.execute(delete(PatientRow).where(PatientRow.patient_key.in_(gone)))
             return erasure.erasure_id

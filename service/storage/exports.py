@@ -1,16 +1,19 @@
 """SQL: exports, who works on them and how far they are."""
 
 import uuid
+from collections.abc import Sequence
 from typing import Any
+from urllib.parse import unquote
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import ExportNotFound
 from service.storage.database import Database
-from service.storage.tables import ExportRow, ExportSeriesRow, JobRow, now
+from service.storage.tables import ExportFileRow, ExportRow, ExportSeriesRow, JobRow, now
 from service.storage.work import lost, taken_on
 
+ERASED = "erased:"  # instead of a URI
 OPEN = ("received", "queued", "running")
 
 
@@ -107,6 +110,21 @@ def cancel(session: Session, row: ExportRow) -> bool:
     rows = update(ExportSeriesRow).where(ExportSeriesRow.export_id == row.export_id, unfinished)
     session.execute(rows.values(state="cancelled"))
     return True
+
+
+def forget(session: Session, series_uids: Sequence[str], patient_ids: Sequence[str]) -> None:
+    """Before the rows of these series go: what their exports hold that may name the patient beside them.
+
+    That is the names of files of no series, and a URI with a patient's id; an export that has one ends.
+    """
+    theirs = select(ExportSeriesRow.export_id).where(ExportSeriesRow.series_uid.in_(series_uids)).distinct()
+    for export_id in session.scalars(theirs).all():
+        strays = ExportFileRow.export_id == export_id, ExportFileRow.series_uid == ""
+        session.execute(delete(ExportFileRow).where(*strays))
+        row = session.get_one(ExportRow, export_id, with_for_update=True)
+        if any(patient_id in unquote(row.uri) for patient_id in patient_ids):
+            cancel(session, row)
+            row.uri = ERASED
 
 
 def _held(export_id: str, holder: str) -> Any:
