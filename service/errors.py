@@ -22,6 +22,7 @@ KeysliceError
 ├── LicenceNotAccepted
 ├── PathNotAllowed
 ├── PeerNotAllowed, PeerFailed
+├── SourceFailed            SourceRefused, CredentialsRefused, SourceNotFound, SourceAway
 ├── BrokerDown
 ├── ErasureUnfinished
 └── WorkersBusy
@@ -204,6 +205,26 @@ class PeerNotAllowed(KeysliceError):
 
 class PeerFailed(KeysliceError):
     """The DICOM peer did not take what was sent."""
+
+
+class SourceFailed(KeysliceError):
+    """What an export is read from did not give what was asked."""
+
+
+class SourceRefused(SourceFailed):
+    """It does not let us have this."""
+
+
+class CredentialsRefused(SourceFailed):
+    """It does not let us have anything: credentials are missing, wrong or expired."""
+
+
+class SourceNotFound(SourceFailed):
+    """It has no such thing."""
+
+
+class SourceAway(SourceFailed):
+    """It does not answer, or says that it may later; tried several times."""
 
 
 class BrokerDown(KeysliceError):

@@ -25,6 +25,7 @@ from rich.text import Text
 from service.calling import CallFailed, call, streamed
 from service.embedded import in_background
 from service.exports import file_uri, path_of
+from service.remotes import is_remote
 from service.settings import Settings
 
 POLL_SECONDS = 0.5
@@ -46,8 +47,9 @@ def a_service(settings: Settings, address: str | None, uri: str) -> Iterator[tup
         with httpx.Client(base_url=wanted) as http:
             yield http, False
         return
+    root = uri if is_remote(uri) else file_uri(path_of(uri))
     with (
-        in_background(settings.data_dir, KEYSLICE_EXPORT_ROOTS=file_uri(path_of(uri))) as running,
+        in_background(settings.data_dir, KEYSLICE_EXPORT_ROOTS=root) as running,
         httpx.Client(base_url=running.address) as http,
     ):
         yield http, True
@@ -108,6 +110,7 @@ def summary(export: Mapping[str, Any]) -> list[str]:
     if export["set_aside"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(export["set_aside"].items()))
         lines.append(f"files not used: {reasons}; GET /v1/exports/{export['export_id']}/files names them")
+    lines += [f"line {row['line']} of the queries: {row['detail']}" for row in export["bad_rows"]]
     if len(export["series"]) > SHOWN:
         lines.append(f"{SHOWN} of {len(export['series'])} series are shown; --csv and --json have all")
     return lines

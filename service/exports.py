@@ -8,8 +8,9 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes, urlsplit
 
 from service.archives import BROKEN, Kind, kind_of
 from service.errors import BadArchive, BadExport, PathNotAllowed
+from service.remotes import BadAddress, Remote, is_remote, parse_remote
 
-SCHEMES = ("file",)
+SCHEMES = ("file", "s3", "dicomweb+http", "dicomweb+https")
 
 
 def file_uri(path: bytes) -> str:
@@ -22,7 +23,7 @@ def path_of(uri: str) -> bytes:
     parts = urlsplit(uri)
     if uri.startswith("/"):
         path = os.fsencode(uri)
-    elif parts.scheme not in SCHEMES:
+    elif parts.scheme != "file":
         found = parts.scheme or "no scheme"
         raise BadExport(f"the URI has {found}, expected an absolute path or one of {', '.join(SCHEMES)}")
     elif parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
@@ -35,12 +36,16 @@ def path_of(uri: str) -> bytes:
 
 
 def checked_uri(uri: str, roots: str) -> str:
-    """The URI without symbolic links, of a directory or archive that is there, below one of the roots.
+    """The URI in its one spelling, below one of the roots: a server, a bucket, or a directory or archive that is there.
 
-    Raises PathNotAllowed, which does not tell whether it is there, BadExport, or BadArchive.
+    A path comes without symbolic links. Raises PathNotAllowed, which does not tell whether it is there, BadExport,
+    or BadArchive.
     """
+    paths, remotes = parse_roots(roots)
+    if is_remote(uri):
+        return _checked_remote(uri, remotes)
     real = Path(os.fsdecode(path_of(uri))).resolve()
-    allowed = [Path(os.fsdecode(root)).resolve() for root in parse_roots(roots)]
+    allowed = [Path(os.fsdecode(root)).resolve() for root in paths]
     if not any(real.is_relative_to(root) for root in allowed):
         if not allowed:
             raise PathNotAllowed("KEYSLICE_EXPORT_ROOTS names no directory: no path of this machine may be named")
@@ -52,9 +57,25 @@ def checked_uri(uri: str, roots: str) -> str:
     return file_uri(os.fsencode(real))
 
 
-def parse_roots(roots: str) -> list[bytes]:
-    """The directories of KEYSLICE_EXPORT_ROOTS. Raises BadExport for one that is no absolute path."""
-    return [path_of(root.strip()) for root in roots.split(",") if root.strip()]
+def parse_roots(roots: str) -> tuple[list[bytes], list[Remote]]:
+    """The directories of KEYSLICE_EXPORT_ROOTS, and the servers and buckets. Raises BadExport for what is neither."""
+    named = [root.strip() for root in roots.split(",") if root.strip()]
+    paths = [path_of(root) for root in named if not is_remote(root)]
+    return paths, [_remote(root) for root in named if is_remote(root)]
+
+
+def _checked_remote(uri: str, roots: list[Remote]) -> str:
+    place = _remote(uri)
+    if not any(place.within(root) for root in roots):
+        raise PathNotAllowed("KEYSLICE_EXPORT_ROOTS names no such server or bucket, or another part of it")
+    return str(place)
+
+
+def _remote(uri: str) -> Remote:
+    try:
+        return parse_remote(uri)
+    except BadAddress as error:
+        raise BadExport(str(error)) from None
 
 
 def _check_archive(path: Path) -> None:

@@ -3,14 +3,16 @@
 import ipaddress
 import re
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.modes import Mode, in_mode
 from models.specs import MissingWeights, encoder_id
 from models.zoo import DEFAULT_ENCODER, encoders
 from service.dicom_out.peers import AE_TITLE, parse_peers
+from service.remotes import parse_remote
 
 
 class Settings(BaseSettings):
@@ -51,8 +53,8 @@ class Settings(BaseSettings):
     max_expansion: float = Field(50.0, gt=0, description="unpacked bytes per byte of archive")
     export_roots: str = Field(
         "",
-        description="directories, as paths or file: URIs between commas, below which callers may name exports by path; "
-        "unset, nowhere",
+        description="below what callers may name exports: directories as paths or file: URIs, DICOMweb servers and S3 "
+        "prefixes, between commas; unset, nowhere",
     )
     scan_processes: int = Field(2, ge=1, description="processes of a worker that read the headers of an export")
     export_series_ahead: int = Field(
@@ -73,6 +75,18 @@ class Settings(BaseSettings):
         "",
         description="where DICOM may be sent: STOW-RS URLs and dicom://TITLE@host:port, between commas",
     )
+
+    dicomweb_server: str | None = Field(
+        None, description="the one DICOMweb server that the credentials below are sent to, as https://host/path"
+    )
+    dicomweb_token: SecretStr | None = Field(None, description="bearer token of that server")
+    dicomweb_user: str | None = Field(None, description="user of that server, instead of a token")
+    dicomweb_password: SecretStr | None = Field(None, description="and the user's password")
+    dicomweb_ca: Path | None = Field(
+        None, description="PEM of the authorities that DICOMweb servers' certificates may be of; else the usual ones"
+    )
+    fetch_at_once: int = Field(8, ge=1, description="files that an export reads at once of a DICOMweb server or bucket")
+    fetch_silent_seconds: float = Field(60.0, gt=0, description="silence after which a DICOMweb server is given up")
 
     receive_port: int | None = Field(
         None, ge=1, le=65535, description="port of the C-STORE receiver; unset, `keyslice up` starts none"
@@ -111,6 +125,19 @@ class Settings(BaseSettings):
     def _readable_peers(cls, peers: str) -> str:
         parse_peers(peers)
         return peers
+
+    @field_validator("dicomweb_server")
+    @classmethod
+    def _readable_server(cls, url: str | None) -> str | None:
+        return url and str(parse_remote(f"dicomweb+{url}")).removeprefix("dicomweb+")
+
+    @model_validator(mode="after")
+    def _whose_credentials(self) -> Self:
+        if (self.dicomweb_token or self.dicomweb_user or self.dicomweb_password) and not self.dicomweb_server:
+            raise ValueError("credentials of a DICOMweb server without KEYSLICE_DICOMWEB_SERVER, the one they are of")
+        if bool(self.dicomweb_user) != bool(self.dicomweb_password):
+            raise ValueError("KEYSLICE_DICOMWEB_USER and KEYSLICE_DICOMWEB_PASSWORD, expected both or none")
+        return self
 
     @field_validator("calling_aets")
     @classmethod

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +116,21 @@ async def receive_parts(
                 await run_in_threadpool(writer.write, bytes(buffer))
                 buffer.clear()
         await run_in_threadpool(writer.write, bytes(buffer))
+    except MultipartParseError as error:
+        raise BadUpload(f"malformed multipart body: {error}") from error
+    finally:
+        writer.close()
+    if not writer.complete:
+        raise BadUpload("the multipart body ends before its closing boundary")
+    return writer.files
+
+
+def save_parts(chunks: Iterable[bytes], boundary: bytes, folder: Path, *, max_files: int) -> list[StagedFile]:
+    """The parts of a multipart body that another server answers, written below folder. Raises as receive_parts does."""
+    writer = _PartWriter(folder, boundary, lambda _: "", max_files)
+    try:
+        for chunk in chunks:
+            writer.write(chunk)
     except MultipartParseError as error:
         raise BadUpload(f"malformed multipart body: {error}") from error
     finally:

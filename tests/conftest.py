@@ -4,10 +4,12 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy
+from buckets import NAME
 
 from service.embedded import Running, in_background
 from service.settings import Settings
@@ -95,3 +97,37 @@ def service(tmp_path_factory: pytest.TempPathFactory, export_root: Path) -> Iter
 def http(service: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=service.address, timeout=120) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """An S3 server over HTTP, moto's."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """boto3's own client on that server, where there is nothing but an empty bucket."""
+    import boto3
+
+    for name, value in {
+        "AWS_ENDPOINT_URL_S3": s3_server,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.Session().client("s3")
+    client.create_bucket(Bucket=NAME)
+    yield client
+    for found in client.list_objects_v2(Bucket=NAME).get("Contents", []):
+        client.delete_object(Bucket=NAME, Key=found["Key"])
+    client.delete_bucket_policy(Bucket=NAME)
+    client.delete_bucket(Bucket=NAME)

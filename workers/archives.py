@@ -26,6 +26,8 @@ COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"\xfd
 class Zip:
     """Its members, by its directory, which zipfile holds in memory: half a kilobyte for each."""
 
+    at_once = 1
+
     def __init__(self, path: Path, max_expansion: float) -> None:
         try:
             self._archive = zipfile.ZipFile(path)
@@ -76,6 +78,8 @@ class Zip:
 
 class Tar:
     """Its members, by their places in it; a compressed tar is unpacked to a plain one first."""
+
+    at_once = 1
 
     def __init__(self, path: Path, folder: Path, max_expansion: float) -> None:
         self._path = _plain(path, folder, max_expansion)

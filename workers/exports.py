@@ -6,20 +6,23 @@ import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from service.archives import Kind, kind_of
-from service.errors import BadArchive, BadExport, BeingErased
+from service.errors import BadArchive, BadExport, BeingErased, SourceAway, SourceFailed
 from service.exports import path_of
 from service.intake import adopt
 from service.queue import Queue
+from service.remotes import Remote, S3Prefix, is_remote, parse_remote
+from service.schemas.pulls import PacsQuery
 from service.settings import Settings
 from service.storage.contents import NotHeld
 from service.storage.files import ExportFile
@@ -28,7 +31,7 @@ from service.storage.tables import now
 from service.uploads import StagedFile
 from workers.archives import Tar, Zip
 from workers.scanning import scan
-from workers.sources import NotFetched, Source, Tree
+from workers.sources import NotFetched, Source, Tree, in_threads
 
 POLL_SECONDS = 0.25  # between two looks at the series that are being embedded
 CLOSE_SECONDS = 10.0  # for an export to hand itself back when its worker ends
@@ -87,7 +90,10 @@ def run_export(
             _Run(export_id, holder, stores, settings, queue, folder, over).run()
     except NotHeld:  # cancelled, taken over, or the worker ends
         exports.release(export_id, holder)
-    except (BadArchive, BadExport) as error:
+    except SourceAway as error:
+        log.warning("export %s: %s, to be tried again", export_id, error)
+        exports.release(export_id, holder, str(error))
+    except (BadArchive, BadExport, SourceFailed) as error:
         exports.fail(export_id, holder, str(error))
     except (OSError, OperationalError, BrokenExecutor) as error:
         log.warning("export %s: %s, to be tried again", export_id, type(error).__name__)
@@ -97,8 +103,10 @@ def run_export(
         exports.fail(export_id, holder, f"{type(error).__name__} while it was embedded")
 
 
-def open_source(uri: str, folder: Path, settings: Settings) -> Source:
+def open_source(uri: str, options: Mapping[str, Any], folder: Path, settings: Settings) -> Source:
     """What the URI names; `folder` has room for what must be unpacked. Raises BadExport or BadArchive."""
+    if is_remote(uri):
+        return _open_remote(parse_remote(uri), options, settings)
     path = Path(os.fsdecode(path_of(uri)))
     if path.resolve() != path:
         raise BadExport("a symbolic link has taken the place of a part of the path")
@@ -110,6 +118,18 @@ def open_source(uri: str, folder: Path, settings: Settings) -> Source:
     if kind is Kind.TAR:
         return Tar(path, folder, settings.max_expansion)
     raise BadExport("there is no directory or archive at the path any more")
+
+
+def _open_remote(place: Remote, options: Mapping[str, Any], settings: Settings) -> Source:
+    """Its library is imported here: a worker that exports directories needs neither."""
+    if isinstance(place, S3Prefix):
+        from workers.bucket import Bucket
+
+        return Bucket(place, settings.fetch_at_once)
+    from workers.pacs import Pull, open_pacs
+
+    queries = [PacsQuery.model_validate(each) for each in options["queries"]]
+    return Pull(open_pacs(place, settings), queries, settings.fetch_at_once)
 
 
 class _Run:
@@ -128,7 +148,7 @@ class _Run:
         self._export_id, self._holder, self._folder, self._over = export_id, holder, folder, over
         self._stores, self._settings, self._queue = stores, settings, queue
         self._export = stores.exports.get(export_id)
-        self._source = open_source(self._export.uri, folder, settings)
+        self._source = open_source(self._export.uri, self._export.options, folder, settings)
 
     def run(self) -> None:
         dry_run = self._export.options["dry_run"]
@@ -180,12 +200,18 @@ class _Run:
 
     def _copied(self, files: dict[str, ExportFile], folder: Path, aside: list[ExportFile]) -> Iterator[StagedFile]:
         """Each file's copy under its key; what cannot be copied goes to `aside`."""
-        for key, file in files.items():
+
+        def copy(key: str) -> NotFetched | None:
             self._check()
             try:
-                self._source.fetch(file, folder / key)
+                self._source.fetch(files[key], folder / key)
             except NotFetched as error:
-                aside.append(file.aside(error.reason, str(error)))
+                return error
+            return None
+
+        for key, refused in zip(files, in_threads(copy, files, self._source.at_once), strict=True):
+            if refused:
+                aside.append(files[key].aside(refused.reason, str(refused)))
             else:
                 yield StagedFile(folder / key, key)
 

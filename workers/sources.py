@@ -3,14 +3,16 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
 from models.ct.screening import Reason, SetAside, series_of
 from models.spawn import SPAWN, end_with_parent
+from service.errors import CredentialsRefused, SourceAway, SourceFailed, SourceNotFound
 from service.storage.files import ExportFile
 
 COPY_BYTES = 1 << 20
@@ -18,9 +20,16 @@ DEEPEST = 100  # folders in each other; each that is open takes a file descripto
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe must not be waited for
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 
 class Source(Protocol):
     """What an export needs of a directory, an archive, a bucket or a server. Nothing lists all files at once."""
+
+    @property
+    def at_once(self) -> int:
+        """How many files are best fetched at once."""
 
     def entries(self) -> Iterator[ExportFile]:
         """Every file, in any order; one whose series or reason is known already says so."""
@@ -47,8 +56,31 @@ class NotFetched(Exception):
         self.reason = reason
 
 
+def in_threads(call: Callable[[T], U], items: Iterable[T], at_once: int) -> Iterator[U]:
+    """What the call answers of each item, in their order. Once one has raised, none is begun any more."""
+    threads = ThreadPoolExecutor(at_once)
+    try:
+        yield from threads.map(call, items)
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def of_one_file() -> Iterator[None]:
+    """A remote's failure to give one file as NotFetched; one that concerns every file stays what it is."""
+    try:
+        yield
+    except (CredentialsRefused, SourceAway):
+        raise
+    except SourceFailed as error:
+        gone = isinstance(error, SourceNotFound)
+        raise NotFetched(Reason.VANISHED if gone else Reason.UNREADABLE_FILE, str(error)) from None
+
+
 class Tree:
     """A directory, read by descriptors: no symbolic link is followed, nor one that takes a folder's place later."""
+
+    at_once = 1
 
     def __init__(self, root: bytes) -> None:
         self._root = root  # absolute, without links

@@ -1,8 +1,8 @@
-"""`keyslice embed`: a directory or archive of a PACS, embedded series by series."""
+"""`keyslice embed`: a directory, archive, bucket or server of a PACS, embedded series by series."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,14 @@ INTERRUPTED = 130  # as shells have it for SIGINT
 
 
 def embed(
-    uri: Annotated[str, typer.Argument(help="directory, zip or tar, as a path or URI; see docs/exports.md")],
+    uri: Annotated[str, typer.Argument(help="directory, zip or tar, s3:// or dicomweb+https://")],
     encoder: Annotated[str | None, typer.Option(help="name or id; the service's own if none")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="find the series, embed none")] = False,
+    query: Annotated[
+        list[str] | None,
+        typer.Option(help="of a DICOMweb server, as in patient_id=P1; may be given for several fields"),
+    ] = None,
+    queries: Annotated[Path | None, typer.Option(help="several of them: a CSV with the fields as its header")] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="write the table of series there")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the export with all its series as JSON")] = False,
     service: Service = None,
@@ -32,7 +37,7 @@ def embed(
     named = _uri(uri)
     if csv and (csv.is_dir() or not csv.absolute().parent.is_dir()):
         fail(f"expected a file in a directory that is there, found {csv}")
-    asked = {"uri": named, "encoder": encoder, "dry_run": dry_run}
+    asked = {"uri": named, "encoder": encoder, "dry_run": dry_run, **_asked(query, queries)}
     own = False
     try:
         with a_service(settings, service, named) as (http, own):
@@ -49,19 +54,36 @@ def embed(
     else:
         console().print(table(export))
         typer.echo("\n".join(summary(export)))
-    if export["states"].get("failed"):
+    if export["states"].get("failed") or export["bad_rows"]:
         raise typer.Exit(SOME_FAILED)
+
+
+def _asked(query: list[str] | None, queries: Path | None) -> dict[str, Any]:
+    """What is asked of a server; the process ends where it cannot be read."""
+    if queries and not queries.is_file():
+        fail(f"no such file: {queries}")
+    if unnamed := [each for each in query or [] if "=" not in each]:
+        fail(f"expected a query as FIELD=VALUE, found {len(unnamed)} without =")
+    named = dict(each.split("=", 1) for each in query or [])
+    table = queries.read_bytes().decode("utf-8", "replace") if queries else None
+    return {"query": named or None, "queries": table}
 
 
 def _uri(named: str) -> str:
     """A path of this machine as a file: URI; the process ends where there is nothing."""
     from service.exports import SCHEMES
+    from service.remotes import BadAddress, is_remote, parse_remote
 
     scheme, colon, _ = named.partition("://")
-    if colon and scheme.isalpha():
-        if scheme not in SCHEMES:
-            fail(f"no exports from {scheme}://, expected a path or one of {', '.join(SCHEMES)}")
+    if scheme == "file" and colon:
         return named
+    if colon and scheme.isalpha() and scheme not in SCHEMES:
+        fail(f"no exports from {scheme}://, expected a path or one of {', '.join(SCHEMES)}")
+    if is_remote(named):
+        try:
+            return str(parse_remote(named))
+        except BadAddress as error:
+            fail(str(error))
     path = Path(named).absolute()
     if not path.exists():
         fail(f"no such file or directory: {named}")

@@ -11,6 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep
 from service.exports import checked_uri
+from service.pulls import asked_of
 from service.schemas.base import Text
 from service.schemas.exports import (
     Export,
@@ -41,7 +42,8 @@ def post_export(
 ) -> ExportAccepted:
     """Embed every usable series of an export. One of the same that has not come to its end goes on where it is."""
     uri = checked_uri(body.uri, settings.export_roots)
-    row, resumed = stores.exports.add(uri, encoders.id(body.encoder), {"dry_run": body.dry_run})
+    options = {"dry_run": body.dry_run, **asked_of(uri, body.query, body.queries)}
+    row, resumed = stores.exports.add(uri, encoders.id(body.encoder), options)
     queue.export(row.export_id)
     return ExportAccepted.model_validate({**_columns(row), "resumed": resumed})
 

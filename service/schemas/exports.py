@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from models.ct.screening import Reason
 from service.schemas.base import Schema, Text
+from service.schemas.pulls import BadRow, PacsQuery
 
 ExportState = Literal["received", "queued", "running", "done", "failed", "cancelled"]
 ExportSeriesState = Literal["waiting", "embedding", "embedded", "rejected", "failed", "set_aside", "cancelled", "found"]
@@ -16,7 +17,14 @@ Uri = Annotated[str, StringConstraints(min_length=1, max_length=12_000, pattern=
 class ExportRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    uri: Uri = Field(description="an absolute path or file: URI of a directory, zip or tar on the service's machine")
+    uri: Uri = Field(
+        description="an absolute path or file: URI of a directory, zip or tar on the service's machine, "
+        "s3://bucket/prefix, or dicomweb+https://host/path with a query"
+    )
+    query: PacsQuery | None = Field(None, description="what is pulled from a DICOMweb server")
+    queries: str | None = Field(
+        None, max_length=10_000_000, description="several of them: CSV, the names of a query's fields as its header"
+    )
     encoder: Text | None = Field(None, description="name or id; the service's own where unset")
     dry_run: bool = Field(False, description="find the series, embed none")
 
@@ -27,6 +35,7 @@ class ExportAccepted(Schema):
     uri: str
     encoder_id: str
     state: ExportState
+    bad_rows: list[BadRow] = Field([], description="rows of `queries` that are none; the others are pulled")
     resumed: bool = Field(description="whether it is an earlier export of the same that had not come to its end")
 
 
@@ -41,6 +50,7 @@ class ExportSummary(Schema):
     created_at: datetime
     scanned_at: datetime | None = Field(description="when the last header was read; null before")
     ended_at: datetime | None
+    bad_rows: list[BadRow] = Field([], description="rows of the table of queries that are none")
 
 
 class ExportSeries(Schema):
