@@ -139,8 +139,10 @@ def rebuild(row: IndexRow, stores: Stores, settings: Settings, held: Held) -> No
                     continue
             held.check()
             if bags:
-                stores.index.replace(name, bags)
+                stores.index.append(name, bags)
             done += [_indexed(bag, content) for bag, content in zip(bags, kept, strict=True)]
+        if done:
+            stores.index.settle(name)
         measured = _built(encoder_id, name, stores, settings, None) if done else None
         held.check()
     except BaseException:

@@ -97,8 +97,10 @@ def _way(row: IndexRow, exact: bool, narrowed: Narrowed, wanted_recall: float) -
         note = f"the ANN index finds {recall:.3f} of the true neighbours, expected {wanted_recall}: every row was read"
         return Way("exact", 1.0, note=note)
     raised = len((row.measured or {}).get("tried", [])) > 1
-    more = "less effort was measured to find too little: effort is raised" if raised else None
-    return Way("IVF_RQ", recall, Effort(row.nprobes, row.refine), more)
+    notes = ["less effort was measured to find too little: effort is raised"] if raised else []
+    if narrowed.only is not None or narrowed.without:
+        notes.append("recall was measured without filters or exclusions")
+    return Way("IVF_RQ", recall, Effort(row.nprobes, row.refine), "; ".join(notes) or None)
 
 
 def _send(mend: Callable[[], None]) -> None:

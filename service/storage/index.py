@@ -102,9 +102,7 @@ class SliceIndex:
 
     def replace(self, name: str, bags: Sequence[SliceRows]) -> int:
         """In one commit, make these bags' rows the only ones of their series. Answers how many."""
-        import pyarrow as pa
-
-        rows = pa.concat_tables([bag.as_table() for bag in bags])
+        rows = _table(bags)
         with self._readable(name):
             if not self.exists(name):
                 self._create(name, rows)
@@ -121,6 +119,15 @@ class SliceIndex:
                 table.delete(mine)
                 table.add(rows)
         return int(rows.num_rows)
+
+    def append(self, name: str, bags: Sequence[SliceRows]) -> None:
+        """Add bags to a table that has no row of their series: nothing has to be looked for."""
+        rows = _table(bags)
+        with self._readable(name):
+            if self.exists(name):
+                self._open(name).add(rows)
+            else:
+                self._create(name, rows)
 
     def remove(self, name: str, series_uids: Sequence[str]) -> None:
         with self._readable(name):
@@ -166,8 +173,9 @@ class SliceIndex:
     ) -> list[dict[str, Any]]:
         """The k rows of highest cosine among those that meet `where`, best first, with `score`.
 
-        By exact search where no effort is given. Lance rounds the query to float16, as the rows are: some rows more
-        than k are asked for, and scored again by the query as it is.
+        By exact search where no effort is given. An ANN search reads more partitions than its effort says where
+        `where` leaves fewer than k rows in these, to the last one if need be. Lance rounds the query to float16,
+        as the rows are: some rows more than k are asked for, and scored again by the query as it is.
         """
         single = vector.astype(np.float32)
         with self._readable(name):
@@ -177,7 +185,8 @@ class SliceIndex:
             if effort is None:
                 query = query.bypass_vector_index()
             else:
-                query = query.nprobes(effort.nprobes).refine_factor(effort.refine)
+                query = query.minimum_nprobes(effort.nprobes).maximum_nprobes(0 if where else effort.nprobes)
+                query = query.refine_factor(effort.refine)
             if where:
                 query = query.where(where, prefilter=True)
             found: pyarrow.Table = query.to_arrow()
@@ -227,8 +236,13 @@ class SliceIndex:
             _index_columns(table)
             stats: Any = table.stats()
             pieces = stats["fragment_stats"]["num_small_fragments"] > MANY_FRAGMENTS
-            if pieces or (self.unindexed(name) or 0) > MANY_UNINDEXED or len(table.list_versions()) > MANY_VERSIONS:
+            if pieces or _behind(table) > MANY_UNINDEXED or len(table.list_versions()) > MANY_VERSIONS:
                 table.optimize(cleanup_older_than=KEEP_VERSIONS)
+
+    def settle(self, name: str) -> None:
+        """Merge the fragments of a table that nobody reads yet, and take every row into its indexes."""
+        with self._readable(name):
+            self._open(name).optimize(cleanup_older_than=timedelta(milliseconds=1))
 
     def names(self) -> list[str]:
         """Of every table here, used or not."""
@@ -278,6 +292,18 @@ class SliceIndex:
         except (RuntimeError, OSError, ValueError) as error:
             self._opened.pop(name, None)
             raise IndexBroken(f"table {name}: {type(error).__name__}") from error
+
+
+def _table(bags: Sequence[SliceRows]) -> "pyarrow.Table":
+    import pyarrow as pa
+
+    return pa.concat_tables([bag.as_table() for bag in bags])
+
+
+def _behind(table: "lancedb.table.Table") -> int:
+    """The most rows that one of the indexes lacks, and every search that uses it reads one by one."""
+    stats = [table.index_stats(index.name) for index in table.list_indices()]
+    return max((each.num_unindexed_rows for each in stats if each), default=0)
 
 
 def _cosines(found: "pyarrow.Table", query: NDArray[np.float32]) -> NDArray[np.float32]:
