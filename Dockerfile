@@ -19,5 +19,6 @@ USER keyslice
 WORKDIR /opt/keyslice
 VOLUME /data
 EXPOSE 8000
-# Inside the container's own network only: docker-compose.yml publishes it on the host's loopback.
+# Says what CMD does, so that the API refuses to start without a key.
+ENV KEYSLICE_HOST=0.0.0.0
 CMD ["uvicorn", "--factory", "service.app:create_app", "--host", "0.0.0.0", "--port", "8000", "--no-access-log"]

@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from service import errors
+from service.auth import Access, Authenticated, require_key
 from service.deps import EncoderNames, cached_heads
 from service.dicomweb.addresses import PREFIX
 from service.erasing import Eraser
@@ -46,11 +47,15 @@ from service.routes import (
 from service.schemas.base import Problem
 from service.settings import Settings
 from service.storage.stores import open_stores
+from service.timely import Timely
 
 # The only table from errors to statuses; the most derived class that is listed decides.
 STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.NotFound: 404,
     errors.Conflict: 409,
+    errors.Unauthenticated: 401,
+    errors.ScopeMissing: 403,
+    errors.TooManyRequests: 429,
     errors.LicenceNotAccepted: 403,
     errors.PathNotAllowed: 403,
     errors.PeerNotAllowed: 403,
@@ -77,6 +82,7 @@ class State(TypedDict):
     queue: Any
     encoders: Any
     heads: Any
+    access: Any
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -87,6 +93,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         stores = await run_in_threadpool(open_stores, settings)
+        require_key(settings, stores.api_keys)
         queue = Queue(settings, stores)
         collector = FromStores(stores, queue, settings.data_dir)
         registry.register(collector)
@@ -98,6 +105,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "queue": queue,
             "encoders": EncoderNames(settings),
             "heads": cached_heads(stores),
+            "access": Access(stores.api_keys, settings),
         }
         sweeper.cancel()
         eraser.cancel()
@@ -139,6 +147,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in mounted:
         app.include_router(router.router)
     app.state.metrics = registry
+    app.add_middleware(Timely, seconds=settings.max_upload_seconds, silent_seconds=settings.upload_silent_seconds)
+    app.add_middleware(Authenticated, refuse=_on_error)
     app.add_middleware(Timed, registry=registry)
     if origins := [each.strip() for each in settings.cors_origins.split(",") if each.strip()]:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -171,7 +181,25 @@ async def _on_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.KeysliceError)
     status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
     title = (type(error).__doc__ or "").rstrip(".")
-    return _problem(status, _kebab(type(error).__name__), title, str(error), error.found)
+    answer = _problem(status, _kebab(type(error).__name__), title, str(error), error.found)
+    answer.headers.update(_headers(error))
+    return answer
+
+
+def _headers(error: errors.KeysliceError) -> dict[str, str]:
+    """RFC 6750, 3 for callers without a key that will do, RFC 6585, 4 for those who call too often."""
+    challenge = 'Bearer realm="keyslice"'
+    match error:
+        case errors.Unauthenticated() if error.found["reason"] in ("missing", "not_local"):
+            return {"WWW-Authenticate": challenge}
+        case errors.Unauthenticated():
+            return {"WWW-Authenticate": f'{challenge}, error="invalid_token"'}
+        case errors.ScopeMissing():
+            needed = " ".join(error.found["needed"])
+            return {"WWW-Authenticate": f'{challenge}, error="insufficient_scope", scope="{needed}"'}
+        case errors.TooManyRequests():
+            return {"Retry-After": str(error.found["retry_after_seconds"])}
+    return {}
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:

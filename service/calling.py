@@ -6,11 +6,20 @@ from typing import Any
 
 import httpx
 
+from service.settings import Settings
+
 REQUEST_SECONDS = 300.0  # of one call: a table of millions of rows takes a while to match
 
 
 class CallFailed(Exception):
     """The service does not answer, or refuses what was asked."""
+
+
+def client(settings: Settings, address: str | None, timeout: float = REQUEST_SECONDS) -> httpx.Client:
+    """For the service at the address, that of the settings if none; it sends the settings' API key."""
+    key = settings.api_key
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+    return httpx.Client(base_url=address or f"http://{settings.host}:{settings.port}", headers=headers, timeout=timeout)
 
 
 def call(http: httpx.Client, method: str, path: str, **content: Any) -> dict[str, Any]:
@@ -23,7 +32,7 @@ def call(http: httpx.Client, method: str, path: str, **content: Any) -> dict[str
     except ValueError as error:
         raise CallFailed(f"what answers at {http.base_url} is no Keyslice service") from error
     if response.is_error:
-        raise CallFailed(f"{response.status_code}: {answer.get('detail')}")
+        raise _refused(response, answer.get("detail"))
     return answer
 
 
@@ -34,7 +43,7 @@ def streamed(http: httpx.Client, path: str, params: Any, timeout: httpx.Timeout)
         with http.stream("GET", path, params=params, timeout=timeout) as response:
             if response.is_error:
                 response.read()
-                raise CallFailed(f"{response.status_code}: {_detail(response)}")
+                raise _refused(response, _detail(response))
             yield response
     except httpx.TransportError as error:
         raise _silent(http, error) from error
@@ -44,6 +53,11 @@ def _silent(http: httpx.Client, error: httpx.TransportError) -> CallFailed:
     if isinstance(error, httpx.RemoteProtocolError):
         return CallFailed(f"the service at {http.base_url} broke off while it answered; its log says why")
     return CallFailed(f"no service answers at {http.base_url}: {type(error).__name__}; start `keyslice up`")
+
+
+def _refused(response: httpx.Response, detail: Any) -> CallFailed:
+    hint = "; KEYSLICE_API_KEY is the key that is sent" if response.status_code == httpx.codes.UNAUTHORIZED else ""
+    return CallFailed(f"{response.status_code}: {detail}{hint}")
 
 
 def _detail(response: httpx.Response) -> Any:

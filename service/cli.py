@@ -15,6 +15,7 @@ from service.commands.embed import embed
 from service.commands.erase import erase
 from service.commands.features import features
 from service.commands.index import index
+from service.commands.keys import keys
 from service.commands.receive import receive
 from service.settings import Settings
 from service.terminal import Service, asked, console, fail, read_settings
@@ -29,6 +30,7 @@ heads = typer.Typer(help="List the running service's heads, promote a version.")
 app.add_typer(heads, name="heads")
 app.add_typer(index, name="index")
 app.add_typer(features, name="features")
+app.add_typer(keys, name="keys")
 
 
 @app.command(epilog="Example: KEYSLICE_PORT=9000 keyslice up")

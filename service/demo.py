@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from sklearn.metrics import roc_auc_score
 
 from models.ct.phantom import Identity, chest, write_series
+from service.calling import client
 from service.embedded import in_background
 from service.settings import Settings
 
@@ -49,7 +50,7 @@ def demo(settings: Settings, series: Path | None, *, oneshot: bool) -> None:
     with (
         console.status("starting the service") as status,
         in_background(settings.data_dir / "demo", settings.host, settings.port) as service,
-        httpx.Client(base_url=service.address, timeout=600) as http,
+        client(settings, service.address, timeout=600) as http,
     ):
         status.stop()
         with tempfile.TemporaryDirectory(prefix="keyslice-demo-") as folder:

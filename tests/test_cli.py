@@ -24,7 +24,7 @@ def test_help_has_an_example(command):
 @pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [
-        (["up"], {"KEYSLICE_HOST": "0.0.0.0"}, "expected a loopback address"),
+        (["up"], {"KEYSLICE_HOST": "0.0.0.0"}, "expected a loopback address or an API key"),
         (["up"], {"KEYSLICE_PORT": "many"}, "KEYSLICE_PORT"),
         (["up"], {"KEYSLICE_ENCODER": "resnet"}, "unknown encoder 'resnet'"),
         (["demo", "/nowhere/at/all"], {}, "no such file or directory"),

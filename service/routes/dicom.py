@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Response
 from pydicom.dataset import Dataset
 
 from models.ct.header import NotDicom, read_header
-from service.deps import HeadsDep, SettingsDep, StoresDep
+from service.deps import HeadsDep, SettingsDep, StoresDep, needs
 from service.dicom_out.document import to_bytes
 from service.dicom_out.key_objects import key_objects
 from service.dicom_out.outcome import Outcome, outcome_of
@@ -29,21 +29,23 @@ OBJECT: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix="/v1", tags=["dicom out"])
 
 
-@router.get("/series/{series_uid}/key-objects", response_class=Response, responses=OBJECT)
+@router.get("/series/{series_uid}/key-objects", response_class=Response, responses=OBJECT, dependencies=[needs("read")])
 def get_key_objects(series_uid: Text, head: Annotated[Text, Query()], stores: StoresDep, heads: HeadsDep) -> Response:
     """A Key Object Selection document of the top slices."""
     outcome = outcome_of(explain_series(stores, heads, head, series_uid), stores)
     return _answer(_document("key_objects", outcome, stores))
 
 
-@router.get("/series/{series_uid}/report", response_class=Response, responses=OBJECT)
+@router.get("/series/{series_uid}/report", response_class=Response, responses=OBJECT, dependencies=[needs("read")])
 def get_report(series_uid: Text, head: Annotated[Text, Query()], stores: StoresDep, heads: HeadsDep) -> Response:
     """A Structured Report (TID 1500) of the predictions for this series."""
     outcome = outcome_of(explain_series(stores, heads, head, series_uid), stores)
     return _answer(_document("report", outcome, stores))
 
 
-@router.get("/patients/{patient_id:path}/report", response_class=Response, responses=OBJECT)
+@router.get(
+    "/patients/{patient_id:path}/report", response_class=Response, responses=OBJECT, dependencies=[needs("read")]
+)
 def get_patient_report(
     patient_id: Text,
     head: Annotated[Text, Query()],
@@ -57,7 +59,7 @@ def get_patient_report(
     return _answer(_document("report", outcome_of(explained, stores), stores))
 
 
-@router.post("/series/{series_uid}/dicom-out")
+@router.post("/series/{series_uid}/dicom-out", dependencies=[needs("write")])
 def post_dicom_out(
     series_uid: Text, order: DicomOut, stores: StoresDep, heads: HeadsDep, settings: SettingsDep
 ) -> DicomOutDone:

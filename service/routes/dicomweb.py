@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from service.deps import EncodersDep, SettingsDep, StoresDep
+from service.deps import EncodersDep, SettingsDep, StoresDep, needs
 from service.dicomweb.addresses import PREFIX, Addresses
 from service.dicomweb.attributes import Level
 from service.dicomweb.media import DICOM_JSON, JSON, Media, chosen
@@ -81,7 +81,9 @@ class Search:
 SearchDep = Annotated[Search, Depends()]
 
 
-@router.post("/studies", responses=STORED, response_class=Response, openapi_extra=STORE_BODY)
+@router.post(
+    "/studies", responses=STORED, response_class=Response, openapi_extra=STORE_BODY, dependencies=[needs("write")]
+)
 async def store_instances(
     request: Request,
     stores: StoresDep,
@@ -94,7 +96,13 @@ async def store_instances(
     return await _stored(request, None, stores, settings, encoders.id(None), accept, addresses)
 
 
-@router.post("/studies/{study}", responses=STORED, response_class=Response, openapi_extra=STORE_BODY)
+@router.post(
+    "/studies/{study}",
+    responses=STORED,
+    response_class=Response,
+    openapi_extra=STORE_BODY,
+    dependencies=[needs("write")],
+)
 async def store_instances_of_study(
     request: Request,
     study: Uid,
@@ -108,27 +116,49 @@ async def store_instances_of_study(
     return await _stored(request, study, stores, settings, encoders.id(None), accept, addresses)
 
 
-@router.get("/studies", responses=FOUND, response_class=Response, openapi_extra=search_parameters(*OF_STUDY))
+@router.get(
+    "/studies",
+    responses=FOUND,
+    response_class=Response,
+    openapi_extra=search_parameters(*OF_STUDY),
+    dependencies=[needs("read")],
+)
 def search_studies(search: SearchDep) -> Response:
     """QIDO-RS: studies, the latest first."""
     return search.answer("study")
 
 
-@router.get("/series", responses=FOUND, response_class=Response, openapi_extra=search_parameters(*OF_STUDY, *OF_SERIES))
+@router.get(
+    "/series",
+    responses=FOUND,
+    response_class=Response,
+    openapi_extra=search_parameters(*OF_STUDY, *OF_SERIES),
+    dependencies=[needs("read")],
+)
 def search_series(search: SearchDep) -> Response:
     """QIDO-RS: series of all studies."""
     return search.answer("series")
 
 
 @router.get(
-    "/studies/{study}/series", responses=FOUND, response_class=Response, openapi_extra=search_parameters(*OF_SERIES)
+    "/studies/{study}/series",
+    responses=FOUND,
+    response_class=Response,
+    openapi_extra=search_parameters(*OF_SERIES),
+    dependencies=[needs("read")],
 )
 def search_series_of_study(study: Uid, search: SearchDep) -> Response:
     """QIDO-RS: a study's series."""
     return search.answer("series", StudyInstanceUID=study)
 
 
-@router.get("/instances", responses=FOUND, response_class=Response, openapi_extra=search_parameters("SOPInstanceUID"))
+@router.get(
+    "/instances",
+    responses=FOUND,
+    response_class=Response,
+    openapi_extra=search_parameters("SOPInstanceUID"),
+    dependencies=[needs("read")],
+)
 def search_instances(search: SearchDep) -> Response:
     """QIDO-RS: instances of all studies."""
     return search.answer("instance")
@@ -139,6 +169,7 @@ def search_instances(search: SearchDep) -> Response:
     responses=FOUND,
     response_class=Response,
     openapi_extra=search_parameters("SOPInstanceUID"),
+    dependencies=[needs("read")],
 )
 def search_instances_of_study(study: Uid, search: SearchDep) -> Response:
     """QIDO-RS: a study's instances."""
@@ -150,6 +181,7 @@ def search_instances_of_study(study: Uid, search: SearchDep) -> Response:
     responses=FOUND,
     response_class=Response,
     openapi_extra=search_parameters("SOPInstanceUID"),
+    dependencies=[needs("read")],
 )
 def search_instances_of_series(study: Uid, series: Uid, search: SearchDep) -> Response:
     """QIDO-RS: a series' instances."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Header, Query, Response
 
-from service.deps import EncodersDep, StoresDep
+from service.deps import EncodersDep, StoresDep, needs
 from service.errors import BagGone
 from service.features.bags import FeatureBag, read_bag
 from service.features.stamp import stamp_file
@@ -18,7 +18,7 @@ from service.schemas.series import Embeddings, SlicePosition
 from service.storage.bags import slices_of
 from service.storage.keys import EmbeddingKey
 
-router = APIRouter(prefix="/v1/series", tags=["embeddings"])
+router = APIRouter(prefix="/v1/series", tags=["embeddings"], dependencies=[needs("read")])
 
 NPY = "application/x-npy"
 ARROW = "application/vnd.apache.arrow.stream"

@@ -5,12 +5,12 @@ from dataclasses import asdict
 from fastapi import APIRouter
 
 from models.specs import how_to_get
-from service.deps import EncoderNames, EncodersDep, SettingsDep
+from service.deps import EncoderNames, EncodersDep, SettingsDep, needs
 from service.errors import WeightsNotHere
 from service.schemas.encoders import Encoder, Encoders
 from service.settings import Settings
 
-router = APIRouter(prefix="/v1/encoders", tags=["encoders"])
+router = APIRouter(prefix="/v1/encoders", tags=["encoders"], dependencies=[needs("read")])
 
 
 @router.get("")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
-from service.deps import QueueDep, SettingsDep, StoresDep
+from service.deps import QueueDep, SettingsDep, StoresDep, needs
 from service.erasing import Eraser
 from service.schemas.base import Text
 from service.schemas.erasures import Erasure
@@ -19,7 +19,7 @@ def eraser(stores: StoresDep, queue: QueueDep, settings: SettingsDep) -> Eraser:
 EraserDep = Annotated[Eraser, Depends(eraser)]
 
 
-@router.delete("/series/{series_uid}")
+@router.delete("/series/{series_uid}", dependencies=[needs("admin")])
 def erase_series(series_uid: Text, eraser: EraserDep) -> Erasure:
     """Erase a series from every store; the answer is the receipt.
 
@@ -28,13 +28,13 @@ def erase_series(series_uid: Text, eraser: EraserDep) -> Erasure:
     return Erasure.model_validate(eraser.series(series_uid))
 
 
-@router.delete("/patients/{patient_id:path}")
+@router.delete("/patients/{patient_id:path}", dependencies=[needs("admin")])
 def erase_patient(patient_id: Text, eraser: EraserDep) -> Erasure:
     """Erase a patient with every series; as DELETE of a series."""
     return Erasure.model_validate(eraser.patient(patient_id))
 
 
-@router.get("/erasures/{erasure_id}")
+@router.get("/erasures/{erasure_id}", dependencies=[needs("read")])
 def get_erasure(erasure_id: Text, stores: StoresDep) -> Erasure:
     """The receipt of an erasure, once more."""
     return Erasure.model_validate(stores.erasures.get(erasure_id))

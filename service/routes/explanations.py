@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.windows import Window, apply_window
-from service.deps import EncoderNames, EncodersDep, HeadsDep, QueueDep, StoresDep
+from service.deps import EncoderNames, EncodersDep, HeadsDep, QueueDep, StoresDep, needs
 from service.errors import BadQuery, LabelNotFound, SliceNotFound, WindowNotFound, WorkersBusy
 from service.explanations import Explained, explain_series
 from service.overlay import overlay
@@ -22,7 +22,7 @@ from service.schemas.predictions import HeatMap
 from service.storage.keys import HeatSpot
 from service.storage.stores import Stores
 
-router = APIRouter(prefix="/v1", tags=["predictions"])
+router = APIRouter(prefix="/v1", tags=["predictions"], dependencies=[needs("read")])
 
 PATIENCE_SECONDS = 20.0  # a worker needs about a second, and more where it must load the encoder first
 POLL_SECONDS = 0.05

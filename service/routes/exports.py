@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 
-from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep
+from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep, needs
 from service.exports import checked_uri
 from service.pulls import asked_of
 from service.schemas.base import Text
@@ -36,7 +36,7 @@ Cursor = Annotated[Text | None, Query(description="next_cursor of the page befor
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
-@router.post("", status_code=202)
+@router.post("", status_code=202, dependencies=[needs("write")])
 def post_export(
     body: ExportRequest, stores: StoresDep, settings: SettingsDep, queue: QueueDep, encoders: EncodersDep
 ) -> ExportAccepted:
@@ -48,7 +48,7 @@ def post_export(
     return ExportAccepted.model_validate({**_columns(row), "resumed": resumed})
 
 
-@router.get("")
+@router.get("", dependencies=[needs("read")])
 def list_exports(stores: StoresDep, cursor: Cursor = None, limit: Limit = 100) -> ExportPage:
     """The exports here, in the order of their ids."""
     rows = stores.exports.list(after=cursor, limit=limit + 1)
@@ -56,7 +56,7 @@ def list_exports(stores: StoresDep, cursor: Cursor = None, limit: Limit = 100) -
     return ExportPage(exports=page, next_cursor=page[-1].export_id if len(rows) > limit else None)
 
 
-@router.get("/{export_id}", response_model=Export, responses=CSV_ANSWER)
+@router.get("/{export_id}", dependencies=[needs("read")], response_model=Export, responses=CSV_ANSWER)
 def get_export(
     export_id: Text,
     stores: StoresDep,
@@ -86,13 +86,15 @@ def get_export(
     )
 
 
-@router.get("/{export_id}/table.csv", response_class=StreamingResponse, responses=CSV_ANSWER)
+@router.get(
+    "/{export_id}/table.csv", dependencies=[needs("read")], response_class=StreamingResponse, responses=CSV_ANSWER
+)
 def get_table(export_id: Text, stores: StoresDep) -> StreamingResponse:
     """What became of each series, a line for each."""
     return _table(stores.exports.get(export_id), stores)
 
 
-@router.get("/{export_id}/files")
+@router.get("/{export_id}/files", dependencies=[needs("read")])
 def list_files(
     export_id: Text,
     stores: StoresDep,

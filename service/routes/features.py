@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
-from service.deps import EncoderNames, EncodersDep, SettingsDep, StoresDep
+from service.deps import EncoderNames, EncodersDep, SettingsDep, StoresDep, needs
 from service.errors import EmptyCohort
 from service.features.bags import Cohort, picked, read_cohort
 from service.features.formats import FORMATS
@@ -16,7 +16,7 @@ from service.schemas.features import EmbeddedQuery, FeatureQuery, SampleQuery
 from service.storage.cohorts import CohortFilter
 from service.storage.stores import Stores
 
-router = APIRouter(prefix="/v1/features", tags=["features"])
+router = APIRouter(prefix="/v1/features", tags=["features"], dependencies=[needs("read")])
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 

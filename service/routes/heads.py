@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Form, Query, Response
 
 from service.comparisons import compare_heads
-from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep
+from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep, needs
 from service.errors import UploadTooLarge
 from service.labels import match_labels, parse_labels
 from service.schemas.base import Text
@@ -18,7 +18,7 @@ SMALL_SET = 100  # patients up to which a training on shuffled labels is part of
 LONG = {"rows", "splits"}  # of a report, left out of lists
 
 
-@router.post("", status_code=202)
+@router.post("", status_code=202, dependencies=[needs("train")])
 def post_head(
     form: Annotated[HeadTraining, Form()],
     stores: StoresDep,
@@ -42,7 +42,7 @@ def post_head(
     return HeadAccepted.model_validate({"job_id": job_id, "head_id": head_id, "warnings": matched.warnings})
 
 
-@router.get("")
+@router.get("", dependencies=[needs("read")])
 def list_heads(
     stores: StoresDep,
     cursor: Annotated[Text | None, Query(description="next_cursor of the page before")] = None,
@@ -56,19 +56,19 @@ def list_heads(
     return HeadPage(heads=page, next_cursor=page[-1].head_id if len(rows) > limit else None)
 
 
-@router.get("/{head_id}")
+@router.get("/{head_id}", dependencies=[needs("read")])
 def get_head(head_id: Text, stores: StoresDep) -> Head:
     """The head's state, labels, options and report; by id, by `name@version`, or by name: the promoted version."""
     return Head.model_validate(stores.heads.get(head_id))
 
 
-@router.post("/{head_id}/promote")
+@router.post("/{head_id}/promote", dependencies=[needs("admin")])
 def promote_head(head_id: Text, stores: StoresDep) -> Head:
     """From now on the head's name alone means this version. The first version of a name is promoted by itself."""
     return Head.model_validate(stores.heads.promote(head_id))
 
 
-@router.get("/{head_id}/comparison")
+@router.get("/{head_id}/comparison", dependencies=[needs("read")])
 def get_comparison(
     head_id: Text,
     other: Annotated[Text, Query(alias="with", description="the other head")],
@@ -79,7 +79,10 @@ def get_comparison(
 
 
 @router.get(
-    "/{head_id}/weights", response_class=Response, responses={200: {"content": {"application/octet-stream": {}}}}
+    "/{head_id}/weights",
+    response_class=Response,
+    responses={200: {"content": {"application/octet-stream": {}}}},
+    dependencies=[needs("read")],
 )
 def get_weights(head_id: Text, stores: StoresDep) -> Response:
     """The weights of every fold as safetensors: `heads.<fold>.<tensor>` of models/abmil.py, and `temperature`."""

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
-from service.deps import StoresDep
+from service.deps import StoresDep, needs
 from service.schemas.base import Text
 from service.schemas.jobs import Job, JobSeries, JobState
 from service.storage.stores import Stores
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.5
 ENDED = ("done", "failed", "cancelled")
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", dependencies=[needs("read")])
 def get_job(job_id: Text, stores: StoresDep) -> Job:
     """How far the work is: slices, epochs, files or series done of those known."""
     return _job(stores, job_id)
@@ -29,6 +29,7 @@ def get_job(job_id: Text, stores: StoresDep) -> Job:
     "/{job_id}/events",
     response_class=EventSourceResponse,
     responses={200: {"content": {"text/event-stream": {}}, "description": "an event `job` per change, until the end"}},
+    dependencies=[needs("read")],
 )
 async def get_events(job_id: Text, stores: StoresDep) -> EventSourceResponse:
     """The job as server-sent events, one per change, ending with the job."""
@@ -47,7 +48,7 @@ async def get_events(job_id: Text, stores: StoresDep) -> EventSourceResponse:
     return EventSourceResponse(events())
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", dependencies=[needs("write", "train")])
 def cancel_job(job_id: Text, stores: StoresDep) -> Job:
     """Stop the work: a training for good, of an upload the series that no worker has begun, of an export the rest.
 

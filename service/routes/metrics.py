@@ -3,9 +3,9 @@
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from service.deps import MetricsDep
+from service.deps import MetricsDep, needs
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], dependencies=[needs("metrics")])
 
 
 @router.get(

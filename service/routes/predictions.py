@@ -6,12 +6,12 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 
 from models.heads.explain import APART_MM, DRAWS, REMOVED_SHARE
-from service.deps import HeadsDep, StoresDep
+from service.deps import HeadsDep, StoresDep, needs
 from service.explanations import Explained, explain_again, explain_patient, explain_series
 from service.schemas.base import Text
 from service.schemas.predictions import Attention, Instance, Predictions
 
-router = APIRouter(prefix="/v1", tags=["predictions"])
+router = APIRouter(prefix="/v1", tags=["predictions"], dependencies=[needs("read")])
 
 
 class Asked(BaseModel):

@@ -3,12 +3,12 @@
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, PlainTextResponse
 
-from service.deps import StoresDep
+from service.deps import StoresDep, needs
 from service.report.card import model_card
 from service.report.page import page
 from service.schemas.base import Text
 
-router = APIRouter(prefix="/v1/heads", tags=["heads"])
+router = APIRouter(prefix="/v1/heads", tags=["heads"], dependencies=[needs("read")])
 
 # The page needs nothing from anywhere, and a label may say anything.
 CLOSED = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from models.specs import EncoderSpec
-from service.deps import EncodersDep, HeadsDep, QueueDep, SettingsDep, StoresDep
+from service.deps import EncodersDep, HeadsDep, QueueDep, SettingsDep, StoresDep, needs
 from service.errors import BadQuery, SliceNotFound, UploadTooLarge, WindowNotFound, WorkersBusy
 from service.queue import Queue
 from service.rows import Hit as FoundHit
@@ -44,7 +44,7 @@ POLL_SECONDS = 0.02
 MAX_IMAGE_BYTES = 64 * 2**20
 
 
-@router.post("/search")
+@router.post("/search", dependencies=[needs("read")])
 def search(
     query: SearchRequest, stores: StoresDep, settings: SettingsDep, encoders: EncodersDep, queue: QueueDep
 ) -> SearchAnswer:
@@ -63,7 +63,7 @@ def search(
     return _answer(hits, way, encoder_id, stores)
 
 
-@router.post("/search/image")
+@router.post("/search/image", dependencies=[needs("read")])
 async def search_by_image(
     file: Annotated[UploadFile, File(description="a DICOM slice, or a PNG of one at a window")],
     stores: StoresDep,
@@ -103,7 +103,7 @@ async def search_by_image(
     return await run_in_threadpool(run)
 
 
-@router.post("/search/series")
+@router.post("/search/series", dependencies=[needs("read")])
 def search_series(
     query: SeriesSearchRequest, stores: StoresDep, settings: SettingsDep, encoders: EncodersDep, heads: HeadsDep
 ) -> SeriesSearchAnswer:
@@ -121,13 +121,13 @@ def search_series(
     return similar_series(query.series_uid, query.k, encoder_id, pooling, runner, shortlist, narrowed, stores)
 
 
-@router.get("/series/{series_uid}/tags")
+@router.get("/series/{series_uid}/tags", dependencies=[needs("read")])
 def get_tags(series_uid: Text, stores: StoresDep) -> TagList:
     """The series' tags."""
     return TagList(tags=stores.tags.get(series_uid))
 
 
-@router.put("/series/{series_uid}/tags")
+@router.put("/series/{series_uid}/tags", dependencies=[needs("write")])
 def put_tags(series_uid: Text, wanted: TagList, stores: StoresDep) -> TagList:
     """Give the series these tags and no others; searches that filter by them see it at once."""
     stores.tags.put(series_uid, wanted.tags)

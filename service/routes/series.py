@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.windows import WINDOWS, Window, apply_window
-from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep
+from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep, needs
 from service.errors import BadQuery, NotEmbeddedYet, SliceNotFound, WindowNotFound
 from service.intake import Intake, take_in
 from service.queue import Queue
@@ -46,7 +46,7 @@ UPLOAD_BODY = {
 }
 
 
-@router.post("", status_code=202, openapi_extra=UPLOAD_BODY)
+@router.post("", status_code=202, openapi_extra=UPLOAD_BODY, dependencies=[needs("write")])
 async def post_series(
     request: Request,
     stores: StoresDep,
@@ -72,14 +72,14 @@ async def post_series(
     return await run_in_threadpool(_ask, intake, stores, queue)
 
 
-@router.post("/{series_uid}/complete", status_code=202)
+@router.post("/{series_uid}/complete", status_code=202, dependencies=[needs("write")])
 def complete_series(series_uid: Text, stores: StoresDep, queue: QueueDep) -> Series:
     """Say that the series is whole: it is embedded now, not after its quiet time."""
     queue.embed(stores.catalog.complete(series_uid))
     return Series.model_validate(stores.catalog.series(series_uid))
 
 
-@router.get("")
+@router.get("", dependencies=[needs("read")])
 def list_series(
     stores: StoresDep,
     patient_id: Annotated[Text | None, Query()] = None,
@@ -97,7 +97,7 @@ def list_series(
     return SeriesPage(series=page, next_cursor=page[-1].series_uid if more else None)
 
 
-@router.get("/{series_uid}")
+@router.get("/{series_uid}", dependencies=[needs("read")])
 def get_series(series_uid: Text, stores: StoresDep) -> Series:
     """State, verdict, geometry, and which embeddings there are."""
     return Series.model_validate(stores.catalog.series(series_uid))
@@ -107,6 +107,7 @@ def get_series(series_uid: Text, stores: StoresDep) -> Series:
     "/{series_uid}/slices/{slice_number}/image",
     response_class=Response,
     responses={200: {"content": {"image/png": {}}}},
+    dependencies=[needs("read")],
 )
 def get_image(
     series_uid: Text,

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Response
 from fastapi.responses import StreamingResponse
 
-from service.deps import StoresDep
+from service.deps import StoresDep, needs
 from service.dicomweb.addresses import PREFIX, Addresses
 from service.dicomweb.media import DICOM_JSON, JSON, Media, chosen
 from service.dicomweb.multipart import Body, started
@@ -19,7 +19,7 @@ SERIES = f"{STUDY}/series/{{series}}"
 INSTANCE = f"{SERIES}/instances/{{instance}}"
 FRAME = f"{INSTANCE}/frames/{{frame}}"
 
-router = APIRouter(prefix=f"{PREFIX}/studies", tags=["DICOMweb"])
+router = APIRouter(prefix=f"{PREFIX}/studies", tags=["DICOMweb"], dependencies=[needs("read")])
 
 FrameNumber = Annotated[int, Path(ge=1, description="counted from 1")]
 Window = Annotated[

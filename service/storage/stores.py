@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from service.settings import Settings
+from service.storage.api_keys import ApiKeys
 from service.storage.archive import Archive
 from service.storage.bags import Bags
 from service.storage.canaries import Canaries
@@ -49,6 +50,7 @@ class Stores:
     queries: Queries
     exports: Exports
     contents: ExportContents
+    api_keys: ApiKeys
 
     def close(self) -> None:
         self.database.engine.dispose()
@@ -83,4 +85,5 @@ def open_stores(settings: Settings) -> Stores:
         queries=Queries(settings.staging_dir / "queries"),
         exports=Exports(database),
         contents=ExportContents(database),
+        api_keys=ApiKeys(database),
     )

@@ -2,7 +2,7 @@
 
 import uuid
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sqlalchemy import (
     JSON,
@@ -364,3 +364,24 @@ class CanaryDayRow(Row):
     day: Mapped[str] = mapped_column(primary_key=True)  # YYYY-MM-DD, UTC
     lowest: Mapped[float]  # cosine
     checks: Mapped[int]
+
+
+class ApiKeyRow(Row):
+    """An API key. The row stays when the key has ended: a service that ever had one does not open again."""
+
+    __tablename__ = "api_keys"
+
+    key_id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    digest: Mapped[bytes] = mapped_column(LargeBinary)  # SHA-256 of the secret
+    scopes: Mapped[list[str]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    used_at: Mapped[datetime | None]  # to about an hour
+
+    @property
+    def state(self) -> Literal["active", "expired", "revoked"]:
+        if self.revoked_at:
+            return "revoked"
+        return "expired" if self.expires_at and self.expires_at <= now() else "active"

@@ -1,5 +1,5 @@
 "use strict";
-const PAGE_SIZE = 10, SIMILAR = 6, POLL_MS = 3000, LISTED = 50;
+const PAGE_SIZE = 10, SIMILAR = 6, POLL_MS = 3000, WATCH_MS = 1000, LISTED = 50;
 const OPEN = ["received", "queued", "embedding", "embedded"]; // states that will still change
 // What is chosen; the address says the same. `hu` is "low,high" where the picture is not shown at the window.
 const here = { series: "", slice: null, window: "", hu: "", head: "", others: true };
@@ -38,11 +38,51 @@ function problem(body, status) { // RFC 9457, or what a proxy in between makes o
   try { return { detail: `status ${status}`, ...JSON.parse(body) }; } catch { return { detail: `the service answered with status ${status}` }; }
 }
 
-async function get(path, options) {
-  const answer = await fetch(path, options).catch(() => { throw new Error("The service does not answer."); });
-  if (!answer.ok) throw new Error(problem(await answer.text(), answer.status).detail);
-  return answer.json();
+// The key, where the service asks for one: kept until the tab is closed
+
+const key = () => sessionStorage.getItem("keyslice_key") || "";
+const withKey = () => (key() ? { Authorization: `Bearer ${key()}` } : {});
+
+function askKey(detail) {
+  $("login").hidden = false;
+  say("login-note", key() ? detail : "This service asks for one.", key() ? "bad" : "muted");
 }
+
+$("login").onsubmit = (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("keyslice_key", $("key").value.trim());
+  location.reload();
+};
+
+async function ask(path, { headers, ...options } = {}) {
+  const answer = await fetch(path, { ...options, headers: { ...headers, ...withKey() } })
+    .catch(() => { throw Object.assign(new Error("The service does not answer."), { silent: true }); });
+  if (answer.ok) return answer;
+  const { detail } = problem(await answer.text(), answer.status);
+  if (answer.status === 401) askKey(detail);
+  throw new Error(detail);
+}
+
+const get = async (path, options) => (await ask(path, options)).json();
+
+async function show(image, path) { // the address itself in <img> would be asked for without the key
+  const url = URL.createObjectURL(await (await ask(path)).blob());
+  image.src = url;
+  await image.decode().catch(() => { throw new Error("not a picture"); }).finally(() => URL.revokeObjectURL(url));
+}
+
+document.addEventListener("click", async (event) => { // nor does a link send the key: what it leads to is saved
+  const link = event.target.closest('a[href^="/v1/"]');
+  if (!link || !key()) return;
+  event.preventDefault();
+  const saved = await ask(link.getAttribute("href")).catch((error) => { result(error.message, "bad"); });
+  if (!saved) return;
+  const named = /filename="([^"]+)"/.exec(saved.headers.get("Content-Disposition"))?.[1];
+  const suffix = { "text/html": ".html", "text/markdown": ".md" }[saved.headers.get("Content-Type").split(";")[0]] || "";
+  const url = URL.createObjectURL(await saved.blob());
+  el("a", { href: url, download: link.download || named || link.pathname.split("/").at(-1) + suffix }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+});
 
 // Upload
 
@@ -93,10 +133,12 @@ function upload(files) {
   request.onload = () => {
     if (request.status === 202) { end(); return taken(JSON.parse(request.responseText)); }
     const { detail, set_aside } = problem(request.responseText, request.status);
+    if (request.status === 401) askKey(detail);
     end(`Not taken: ${detail}`, "bad");
     listAside(set_aside || []);
   };
   request.open("POST", "/v1/series");
+  for (const [name, value] of Object.entries(withKey())) request.setRequestHeader(name, value);
   request.send(body);
 }
 
@@ -128,27 +170,27 @@ function taken({ job_id, series, set_aside }) {
   loadCohort();
 }
 
-function watch(jobId) {
-  const events = new EventSource(`/v1/jobs/${enc(jobId)}/events`);
-  events.addEventListener("job", async ({ data }) => {
-    const job = JSON.parse(data), { state, series, done, known, unit, head_id } = job;
-    const over = series.filter((each) => !OPEN.includes(each.state)), refused = over.filter((each) => each.state !== "indexed");
-    const which = head_id ? `Trained: ${done} of ${known} ${unit}` : `Embedded: ${done} of ${known} slices, ${over.length} of ${series.length} series`;
-    if (!["done", "failed", "cancelled"].includes(state)) return progress(state === "waiting" ? "Waiting for a worker" : which, done, known);
-    events.close();
+async function watch(jobId) { // asked for again and again: an EventSource sends no key
+  const job = await get(`/v1/jobs/${enc(jobId)}`).catch((error) => error);
+  if (job.silent) return setTimeout(watch, WATCH_MS, jobId);
+  if (job instanceof Error) {
     progress("");
-    if (head_id) return trained(job);
-    loadCohort();
-    if (over.length > refused.length) result(`${count(over.length - refused.length, "series")} ready.`, "good");
-    const rows = await Promise.all(refused.slice(0, LISTED).map((each) => get(`/v1/series/${enc(each.series_uid)}`).catch(() => null)));
-    listed(`${count(refused.length, "series")} not embedded`, rows.filter(Boolean).map((row) =>
-      `${named(row.patient_id)}, ${short(row.series_uid)}: ${row.error || findings(row.verdict).join("; ") || row.state}`));
-  });
-  events.onerror = () => { // the browser opens a stream that only broke again by itself
-    if (events.readyState !== EventSource.CLOSED) return;
-    progress("");
-    result("This upload cannot be watched any more; the cohort table shows its state.", "bad");
-  };
+    return result("This upload cannot be watched any more; the cohort table shows its state.", "bad");
+  }
+  const { state, series, done, known, unit, head_id } = job;
+  const over = series.filter((each) => !OPEN.includes(each.state)), refused = over.filter((each) => each.state !== "indexed");
+  const which = head_id ? `Trained: ${done} of ${known} ${unit}` : `Embedded: ${done} of ${known} slices, ${over.length} of ${series.length} series`;
+  if (!["done", "failed", "cancelled"].includes(state)) {
+    progress(state === "waiting" ? "Waiting for a worker" : which, done, known);
+    return setTimeout(watch, WATCH_MS, jobId);
+  }
+  progress("");
+  if (head_id) return trained(job);
+  loadCohort();
+  if (over.length > refused.length) result(`${count(over.length - refused.length, "series")} ready.`, "good");
+  const rows = await Promise.all(refused.slice(0, LISTED).map((each) => get(`/v1/series/${enc(each.series_uid)}`).catch(() => null)));
+  listed(`${count(refused.length, "series")} not embedded`, rows.filter(Boolean).map((row) =>
+    `${named(row.patient_id)}, ${short(row.series_uid)}: ${row.error || findings(row.verdict).join("; ") || row.state}`));
 }
 
 $("files").onchange = (event) => upload([...event.target.files]);
@@ -179,7 +221,8 @@ function rowOf({ series_uid, patient_id, geometry, received, state, error, verdi
   const kind = { accepted: "good", accepted_with_warnings: "warn", rejected: "bad" }[verdict?.status] || "";
   const notes = (lines, kind) => lines.map((line) => el("div", { className: `${kind} small break` }, line));
   const middle = imagePath(series_uid, Math.floor((geometry?.slices ?? 0) / 2), "abdomen");
-  const picture = embeddings.some((each) => each.embedded_at) ? el("img", { src: middle, alt: "", loading: "lazy" }) : "";
+  const embedded = embeddings.some((each) => each.embedded_at), picture = embedded ? el("img", { alt: "" }) : "";
+  if (embedded) show(picture, middle).catch(() => {}); // it is shown without
   const row = el("tr", { onclick: (event) => { if (event.target !== link) link.click(); } }, el("td", {}, picture),
     el("td", { className: "break" }, link, " ", el("span", { className: "muted small number" }, short(series_uid))),
     el("td", { className: "number" }, String(geometry?.slices ?? received)),
@@ -381,11 +424,17 @@ function goTo(slice) {
   similarTimer = setTimeout(findSimilar, 250);
 }
 
-function paint() { // one picture at a time, and of those asked for meanwhile only the last
+async function paint() { // one picture at a time, and of those asked for meanwhile only the last
   if (painting || !wanted) return;
   painting = wanted;
   $("image").alt = `Slice ${here.slice} of ${named(shown.patient_id)}, ${here.window} window`;
-  $("image").src = painting;
+  const error = await show($("image"), painting).then(() => "", ({ message }) => message);
+  const late = painting !== wanted;
+  painting = null;
+  if (late) return paint();
+  heat();
+  say("image-note", error, "");
+  $("image").hidden = Boolean(error);
 }
 
 let heatTimer = 0;
@@ -397,9 +446,9 @@ function heat() { // it takes a worker some seconds, so only where one stays
   const { series, slice, head, window } = here;
   heatTimer = setTimeout(async () => {
     say("attention-note", "A worker is computing the heat map.");
-    const answer = await fetch(`/v1/series/${enc(series)}/slices/${slice}/heatmap?${new URLSearchParams({ head, window })}`).catch(() => null);
+    const answer = await ask(`/v1/series/${enc(series)}/slices/${slice}/heatmap?${new URLSearchParams({ head, window })}`).catch((error) => error);
     if (series !== here.series || slice !== here.slice || window !== here.window || head !== here.head || !$("heated").checked) return;
-    if (!answer?.ok) return say("attention-note", answer ? problem(await answer.text(), answer.status).detail : "The service does not answer.", "bad");
+    if (answer instanceof Error) return say("attention-note", answer.message, "bad");
     URL.revokeObjectURL($("heat").src);
     $("heat").src = URL.createObjectURL(await answer.blob());
     $("heat").hidden = false;
@@ -408,15 +457,6 @@ function heat() { // it takes a worker some seconds, so only where one stays
 }
 
 $("heated").onchange = heat;
-$("image").onload = $("image").onerror = async ({ type }) => {
-  const error = type === "error" ? await get(painting).then(() => "not a picture", ({ message }) => message) : "";
-  const late = painting !== wanted;
-  painting = null;
-  if (late) return paint();
-  heat();
-  say("image-note", error, "");
-  $("image").hidden = Boolean(error);
-};
 
 // Window and level of the picture alone: neighbours are those at the encoder's window.
 
@@ -498,8 +538,10 @@ async function findSimilar() {
     const alike = hits.filter((hit) => hit.series_uid !== series || hit.slice !== slice).slice(0, SIMILAR);
     $("hits").replaceChildren(...alike.map((hit) => el("button", { title: hit.series_uid,
       onclick: () => { location.hash = new URLSearchParams({ series: hit.series_uid, slice: hit.slice }); } },
-      el("img", { src: imagePath(hit.series_uid, hit.slice, hit.window), alt: "" }), el("span", {}, named(hit.patient_id)),
+      el("img", { alt: "" }), el("span", {}, named(hit.patient_id)),
       el("span", { className: "muted" }, `slice ${hit.slice}`), el("span", { className: "muted" }, `cosine ${hit.score.toFixed(3)}`))));
+    document.querySelectorAll("#hits img").forEach((image, k) =>
+      show(image, imagePath(alike[k].series_uid, alike[k].slice, alike[k].window)).catch(() => {}));
     const found = `index ${index}` + (recall == null ? "" : `, recall@10 ${number(recall, 3)}`);
     say("hits-note", alike.length ? found : "No other slices to compare with.");
   } catch (error) {
