@@ -9,6 +9,7 @@ import pytest
 from conftest import missing
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from posting import embed, slice_files, tarred
+from test_auth import keys_of, serving, settings_of
 
 from models.ct.phantom import Identity
 
@@ -89,7 +90,7 @@ def test_by_keyboard_alone(page, series):
     page.keyboard.press("ArrowRight")
 
     expect(page.locator("#position")).to_contain_text("Slice 5 (0 to 5)")
-    expect(page.locator("#image")).to_have_attribute("src", re.compile(r"/slices/5/image"))
+    expect(page.locator("#image")).to_have_attribute("data-path", re.compile(r"/slices/5/image"))
     look(page, "series")
 
 
@@ -97,10 +98,10 @@ def test_window_and_level_are_those_asked_for(page, series):
     open_series(page, series[0], slice=2)
 
     page.locator("#preset").select_option("bone")
-    expect(page.locator("#image")).to_have_attribute("src", re.compile("low=-500&high=1300"))
+    expect(page.locator("#image")).to_have_attribute("data-path", re.compile("low=-500&high=1300"))
     page.locator("#level").fill("40")
     page.locator("#width").fill("400")
-    expect(page.locator("#image")).to_have_attribute("src", re.compile("low=-160&high=240"))
+    expect(page.locator("#image")).to_have_attribute("data-path", re.compile("low=-160&high=240"))
     box = page.locator("#frame").bounding_box()
     page.mouse.move(box["x"] + 100, box["y"] + 100)
     page.mouse.down()
@@ -110,7 +111,7 @@ def test_window_and_level_are_those_asked_for(page, series):
     expect(page.locator("#preset")).to_have_value("free")
     assert int(page.locator("#width").input_value()) > 400
     page.locator("#frame").dblclick()
-    expect(page.locator("#image")).to_have_attribute("src", re.compile("window="))
+    expect(page.locator("#image")).to_have_attribute("data-path", re.compile("window="))
 
 
 def test_the_wheel_scrolls_through_the_slices(page, series):
@@ -160,3 +161,22 @@ def test_nothing_is_cut_off(browser, service, series, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     look(page, f"{scheme}-{width}")
     page.close()
+
+
+def test_a_service_with_keys_is_asked_with_the_one_that_was_typed(browser, tmp_path):
+    settings = settings_of(tmp_path)
+    _, key = keys_of(settings).create("page", ["read"], None)
+    with serving(settings, port=0) as server:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/")
+        for typed, said in (("ks_wrong", "what came is no API key"), (key, None)):
+            page.get_by_label("API key").fill(typed)
+            page.get_by_role("button", name="Use").click()
+            if said:
+                expect(page.locator("#login-note")).to_contain_text(said)
+        expect(page.locator("#cohort-note")).to_contain_text("No series yet")
+
+        expect(page.locator("#login")).to_be_hidden()
+        assert page.evaluate("localStorage.length") == 0
+        assert key not in page.url + page.content()
+        page.close()

@@ -67,7 +67,7 @@ const get = async (path, options) => (await ask(path, options)).json();
 
 async function show(image, path) { // the address itself in <img> would be asked for without the key
   const url = URL.createObjectURL(await (await ask(path)).blob());
-  image.src = url;
+  Object.assign(image, { src: url }).dataset.path = path;
   await image.decode().catch(() => { throw new Error("not a picture"); }).finally(() => URL.revokeObjectURL(url));
 }
 
