@@ -104,9 +104,8 @@ async def receive_parts(
     `name` says what a part's headers call it, nothing for one without a name, and raises where they are wrong.
     Raises also BadUpload and UploadTooLarge.
     """
-    writer = _PartWriter(folder, boundary, name, max_files)
     received, buffer = 0, bytearray()
-    try:
+    with _writing(folder, boundary, name, max_files) as writer:
         async for chunk in stream:
             received += len(chunk)
             if received > max_bytes:
@@ -116,28 +115,31 @@ async def receive_parts(
                 await run_in_threadpool(writer.write, bytes(buffer))
                 buffer.clear()
         await run_in_threadpool(writer.write, bytes(buffer))
-    except MultipartParseError as error:
-        raise BadUpload(f"malformed multipart body: {error}") from error
-    finally:
-        writer.close()
-    if not writer.complete:
-        raise BadUpload("the multipart body ends before its closing boundary")
     return writer.files
 
 
 def save_parts(chunks: Iterable[bytes], boundary: bytes, folder: Path, *, max_files: int) -> list[StagedFile]:
     """The parts of a multipart body that another server answers, written below folder. Raises as receive_parts does."""
-    writer = _PartWriter(folder, boundary, lambda _: "", max_files)
-    try:
+    with _writing(folder, boundary, lambda _: "", max_files) as writer:
         for chunk in chunks:
             writer.write(chunk)
+    return writer.files
+
+
+@contextmanager
+def _writing(
+    folder: Path, boundary: bytes, name: Callable[[Mapping[bytes, bytes]], str], max_files: int
+) -> "Iterator[_PartWriter]":
+    """A writer that is closed in the end. Raises BadUpload where what was written is no whole multipart body."""
+    writer = _PartWriter(folder, boundary, name, max_files)
+    try:
+        yield writer
     except MultipartParseError as error:
         raise BadUpload(f"malformed multipart body: {error}") from error
     finally:
         writer.close()
     if not writer.complete:
         raise BadUpload("the multipart body ends before its closing boundary")
-    return writer.files
 
 
 class _PartWriter:
