@@ -84,13 +84,14 @@ def test_by_keyboard_alone(page, series):
     page.locator("#rows a").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#slider")).to_be_focused()
-    expect(page.locator("#position")).to_contain_text("Slice 3")
+    page.keyboard.press("Home")  # which slice is shown first depends on the heads there are
+    expect(page.locator("#position")).to_contain_text("Slice 0 (0 to 5)")
 
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
 
-    expect(page.locator("#position")).to_contain_text("Slice 5 (0 to 5)")
-    expect(page.locator("#image")).to_have_attribute("data-path", re.compile(r"/slices/5/image"))
+    expect(page.locator("#position")).to_contain_text("Slice 2 (0 to 5)")
+    expect(page.locator("#image")).to_have_attribute("data-path", re.compile(r"/slices/2/image"))
     look(page, "series")
 
 
