@@ -1,11 +1,11 @@
 """How fast an export's headers are scanned, in how much memory, and what a kill in the middle costs.
 
-Writes a synthetic export below a temporary directory: headers as of a CT, pixels that take no room on the disk. Scans
-it as a worker does, into a catalog, beside a loop of pydicom.dcmread(stop_before_pixels=True) over some of the same
-files in the same run; scans a tenth of it, to see whether memory grows. Then embeds some series twice, once
-undisturbed, and once by a service that is killed in the middle, all its processes by SIGKILL, and started again. What
-that costs does not depend on how much there is to embed, so it is told as a share of the whole export at the rate that
-was measured. Prints a table, and as its last line JSON.
+Writes a synthetic export below a temporary directory: the header of a real CT, which pydicom brings along, with other
+identities and positions, and pixels that take no room on the disk. Scans it as a worker does, into a catalog, beside a
+loop of pydicom.dcmread(stop_before_pixels=True) over some of the same files in the same run; scans a tenth of it, to
+see whether memory grows. Then embeds some series twice, once undisturbed, and once by a service that is killed in the
+middle, all its processes by SIGKILL, and started again. What that costs does not depend on how much there is to embed,
+so it is told as a share of the whole export at the rate that was measured. Prints a table, and as its last line JSON.
 
     python bench/export.py [--files 100000] [--series 2000] [--embed 4000]
 """
@@ -28,6 +28,7 @@ import httpx
 import numpy as np
 import psutil
 import pydicom
+from pydicom.data import get_testdata_file
 from rich.console import Console
 from rich.table import Table
 
@@ -41,8 +42,10 @@ from workers.exports import run_export
 
 SIZE = 512  # pixels of a row and a column
 SPACING = (5.0, 0.7, 0.7)  # mm
+SCANNER = get_testdata_file("CT_small.dcm", download=False)  # 256 elements, half of them private, of a GE HiSpeed
 # (7FE0,0010) OW and its length (PS3.5 7.1.2), behind which a hole in the file reads as zeros.
 PIXELS = b"\xe0\x7f\x10\x00OW\x00\x00" + (SIZE * SIZE * 2).to_bytes(4, "little")
+UID, Z = b"1." + 62 * b"9", b"-99999.999999999"  # as long as a UI and a DS may be
 SAMPLE = 5000  # files that pydicom's loop reads, before and after the scan
 SMALLER = 10  # times less, for the second measure of memory
 
@@ -90,21 +93,30 @@ def write_export(root: Path, files: int, series: int) -> None:
     """So many files of so many series, each series in a folder of its study, as media of a PACS have them."""
     for number in range(series):
         identity = Identity(f"EXPORT-{number:05d}")
-        dataset = ct_slice(np.zeros((1, 1), dtype=np.float32), 0.0, 0, SPACING, identity)
-        dataset.Rows = dataset.Columns = SIZE
-        del dataset.PixelData
+        header = _header(identity)
         folder = root / f"PA{number // 100:03d}" / f"ST{number:05d}" / "SE1"
         folder.mkdir(parents=True)
         for slice_number in range(files * number // series, files * (number + 1) // series):
-            uid = identity.uid("slice", str(slice_number))
-            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid
-            dataset.InstanceNumber = slice_number + 1
-            dataset.ImagePositionPatient = [-180.0, -180.0, slice_number * SPACING[0]]
-            header = io.BytesIO()
-            dataset.save_as(header, enforce_file_format=True)
+            uid = identity.uid("slice", str(slice_number)).encode().ljust(len(UID), b"\0")
+            z = f"{slice_number * SPACING[0]:<{len(Z)}}".encode()
             with (folder / f"IM{slice_number:06d}").open("wb") as file:
-                file.write(header.getvalue() + PIXELS)
+                file.write(header.replace(UID, uid).replace(Z, z))
                 file.truncate(file.tell() + SIZE * SIZE * 2)
+
+
+def _header(identity: Identity) -> bytes:
+    """Of a slice of the series, up to the value of its pixels, with UID and Z where its own come."""
+    ours = ct_slice(np.zeros((1, 1), dtype=np.float32), 0.0, 0, SPACING, identity)
+    ours.Rows = ours.Columns = SIZE
+    ours.SOPInstanceUID = ours.file_meta.MediaStorageSOPInstanceUID = UID.decode()
+    ours.ImagePositionPatient = ["-180.0", "-180.0", Z.decode()]
+    del ours.PixelData
+    dataset = pydicom.dcmread(SCANNER, stop_before_pixels=True)
+    dataset.update(ours)
+    dataset.file_meta = ours.file_meta
+    header = io.BytesIO()
+    dataset.save_as(header, enforce_file_format=True)
+    return header.getvalue() + PIXELS
 
 
 def pydicom_rate(files: list[Path]) -> float:
