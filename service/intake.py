@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.ct.nifti import UnusableNifti, is_nifti, nifti_slices
-from models.ct.screening import Reason, SetAside, screened_header
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside, screened_header
 from service.about import about_series
 from service.archives import most_expanded, unpacked
 from service.errors import BeingErased, NothingUsable

@@ -5,7 +5,7 @@ from buckets import NAME, deny, put
 from posting import slice_files
 
 from models.ct.phantom import Identity
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 from service.errors import CredentialsRefused, SourceAway, SourceNotFound
 from service.remotes import S3Prefix
 from service.storage.files import ExportFile

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 from models.modes import WAYS
 from models.zoo import ENCODERS
 from service.app import create_app

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.ct.screening import Reason, SetAside
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside
 from models.line import Line
 from models.load import Encoder
 from models.zoo import TEST

@@ -14,7 +14,8 @@ from synthetic import SPACING, random_hu, write_ct
 
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
-from models.ct.screening import Frames, Reason, SetAside, screened_header
+from models.ct.reasons import Reason
+from models.ct.screening import Frames, SetAside, screened_header
 from models.ct.series import Finding, Status, read_series, read_slices
 from models.ct.slices import prepare_slice
 from models.ct.windows import LUNG

@@ -11,7 +11,7 @@ from posting import embed, post, read, tarred
 
 from models.ct.decode import read_hu
 from models.ct.nifti import UnusableNifti, is_nifti, nifti_slices
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 from models.ct.series import Finding, Status, read_series
 
 AFFINE = np.array([[-0.75, 0, 0, 30], [0, -0.5, 0, 40], [0, 0, 5, -100], [0, 0, 0, 1.0]])  # RAS of an LPS array

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from models.ct.decode import read_hu
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 from models.ct.series import read_series
 
 CORNERSTONE = "cornerstone/CTImage.dcm"

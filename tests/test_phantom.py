@@ -4,7 +4,7 @@ from synthetic import SPACING, random_hu
 
 from models.ct.decode import read_hu
 from models.ct.phantom import Identity, chest, write_series
-from models.ct.screening import UID
+from models.ct.reasons import UID
 from models.ct.series import Status, Verdict, read_series
 
 SMALL = {"slices": 12, "size": 64}

@@ -13,7 +13,8 @@ import pytest
 from synthetic import random_hu, write_ct, write_slice
 
 from models.ct.processes import Processes, Slots
-from models.ct.screening import Reason, SetAside
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside
 from models.ct.slices import prepare_slice
 from models.ct.windows import ABDOMEN, LUNG
 

@@ -14,7 +14,8 @@ import pytest
 from posting import slice_files
 
 from models.ct.phantom import Identity
-from models.ct.screening import Reason, series_of
+from models.ct.reasons import Reason
+from models.ct.screening import series_of
 from service.errors import BadArchive
 from workers.archives import Tar, Zip
 from workers.scanning import BATCH, scan

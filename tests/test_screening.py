@@ -13,7 +13,8 @@ from pydicom.encaps import encapsulate
 from synthetic import IDENTITY, write_slice
 
 from models.ct.header import OPTIONAL, read_header, read_whole
-from models.ct.screening import Reason, SetAside, screened_header, slice_normal, tilt_degrees
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside, screened_header, slice_normal, tilt_degrees
 from models.ct.series import slice_of
 
 

@@ -4,7 +4,8 @@ import pytest
 from pydicom import uid
 from synthetic import SPACING, random_hu, write_ct
 
-from models.ct.screening import Reason, SetAside
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside
 from models.ct.series import CTSeries, Finding, Status, Verdict, arrange, read_series, read_slices
 
 

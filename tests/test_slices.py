@@ -6,7 +6,8 @@ import pytest
 from synthetic import random_hu, write_slice
 
 from models.ct.decode import read_hu
-from models.ct.screening import Reason, SetAside
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside
 from models.ct.series import read_slices
 from models.ct.slices import encoder_input, prepare_slice
 from models.ct.windows import ABDOMEN, LUNG, apply_window

@@ -12,7 +12,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 from service.archives import BROKEN, Budget, most_expanded
 from service.errors import BadArchive
 from service.storage.files import ExportFile

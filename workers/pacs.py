@@ -12,7 +12,7 @@ from dicomweb_client.api import DICOMwebClient
 from python_multipart.multipart import parse_options_header
 from requests.auth import AuthBase, HTTPBasicAuth
 
-from models.ct.screening import UID, Reason
+from models.ct.reasons import UID, Reason
 from service.errors import CredentialsRefused, SourceAway, SourceFailed, SourceNotFound, SourceRefused
 from service.remotes import DicomWeb
 from service.schemas.pulls import PacsQuery

@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError
 
 from models.ct.decode import DECODERS
 from models.ct.header import NotDicom, read_header
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 from models.specs import MissingWeights, WrongWeights
 from service.errors import BeingErased
 from service.intake import NamedSetAside, collect

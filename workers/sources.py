@@ -10,7 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
-from models.ct.screening import Reason, SetAside, series_of
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside, series_of
 from models.spawn import SPAWN, end_with_parent
 from service.errors import CredentialsRefused, SourceAway, SourceFailed, SourceNotFound
 from service.storage.files import ExportFile

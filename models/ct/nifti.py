@@ -19,7 +19,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 from pydicom.valuerep import format_number_as_ds
 
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 
 GZIP = b"\x1f\x8b"
 # Where each version of the format says what it is: an offset, and the bytes there.

@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from models.ct.screening import Reason, SetAside
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside
 from models.memory import keep_freed_memory
 from models.spawn import SPAWN, end_with_parent
 

@@ -1,11 +1,9 @@
 """Which DICOM files are axial CT slices, and why the others are not."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,9 +22,7 @@ from models.ct.multiframe import (
     frame_with_pixels,
     is_multiframe,
 )
-
-# PS3.5 9.1: at most 64 characters, digits and single dots. It names files here, so nothing else may pass.
-UID = re.compile(r"(?=.{1,64}\Z)[0-9]+(\.[0-9]+)*")
+from models.ct.reasons import UID, Reason
 
 # A gantry tilts by at most 30 degrees; a slice farther than this from the axial plane is a reformat.
 MAX_TILT_DEGREES = 35.0
@@ -48,37 +44,6 @@ IDENTITY = {
 
 # Units of rescaled values that are no HU: optical density, and maps of a multi-energy CT (PS3.3 C.11.1.1.2).
 NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")
-
-
-class Reason(StrEnum):
-    """Why a file or slice was set aside: stable words that programs may compare."""
-
-    NOT_DICOM = "not_dicom"
-    UNREADABLE_HEADER = "unreadable_header"
-    NOT_CT = "not_ct"
-    INVALID_UID = "invalid_uid"
-    MULTIFRAME = "multiframe"
-    NOT_A_VOLUME = "not_a_volume"
-    NOT_HU = "not_hu"
-    LOCALIZER = "localizer"
-    SECONDARY_CAPTURE = "secondary_capture"
-    NO_PIXELS = "no_pixels"
-    NOT_GRAYSCALE = "not_grayscale"
-    NO_POSITION = "no_position"
-    NOT_AXIAL = "not_axial"
-    BAD_RESCALE = "bad_rescale"
-    UNSUPPORTED_TRANSFER_SYNTAX = "unsupported_transfer_syntax"
-    UNDECODABLE = "undecodable"
-    NO_VOLUME = "no_volume"
-    ORIENTATION_DIFFERS = "orientation_differs"
-    DUPLICATE_POSITION = "duplicate_position"
-    OVERLAPPING_STACK = "overlapping_stack"
-    SERIES_OF_ANOTHER_PATIENT = "series_of_another_patient"
-    SYMLINK = "symlink"
-    NOT_A_FILE = "not_a_file"
-    UNREADABLE_FILE = "unreadable_file"
-    VANISHED = "vanished"
-    CHANGED = "changed"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from scipy.sparse import csr_matrix
 
 from models.ct.decode import decoded_hu
 from models.ct.errors import UndecodableSlice
-from models.ct.screening import Frames, Reason, SetAside, screened_dataset, screened_frame
+from models.ct.reasons import Reason
+from models.ct.screening import Frames, SetAside, screened_dataset, screened_frame
 from models.ct.series import CTSlice, slice_of
 from models.ct.windows import Window, apply_window
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models.ct.screening import Reason, SetAside
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside
 
 if TYPE_CHECKING:
     from models.ct.series import CTSlice

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
-from models.ct.screening import Reason, SetAside
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside
 from models.ct.series import CTSeries, CTSlice, arrange, read_slices
 from models.ct.windows import Window, apply_window
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.multiframe import is_multiframe
-from models.ct.screening import Reason, SetAside, screened_header
+from models.ct.reasons import Reason
+from models.ct.screening import SetAside, screened_header
 from models.ct.series import CTSlice, slice_of
 from models.lecl.boxes import Boxes, inside, read_boxes
 from models.lecl.hu_cache import cache_of, fill_cache

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.ct.screening import UID
+from models.ct.reasons import UID
 from service.dicomweb.attributes import Attribute
 from service.errors import BadDicomWeb
 

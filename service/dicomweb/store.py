@@ -9,7 +9,7 @@ from typing import Any
 from python_multipart.multipart import parse_options_header
 
 from models.ct.header import read_header
-from models.ct.screening import UID, Reason
+from models.ct.reasons import UID, Reason
 from service.dicomweb.addresses import Addresses
 from service.dicomweb.media import DICOM, RELATED
 from service.errors import BadDicomWeb, BadUpload, BeingErased, UnsupportedMedia, UploadTooLarge

@@ -9,7 +9,8 @@ from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep, needs
 from service.errors import UploadTooLarge
 from service.labels import match_labels, parse_labels
 from service.schemas.base import Text
-from service.schemas.heads import Head, HeadAccepted, HeadComparison, HeadPage, HeadTraining
+from service.schemas.heads import Head, HeadAccepted, HeadComparison, HeadPage
+from service.schemas.training import HeadTraining
 from service.splits import splits_of
 
 router = APIRouter(prefix="/v1/heads", tags=["heads"])

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 from service.schemas.base import Schema, Text
 from service.schemas.pulls import BadRow, PacsQuery
 

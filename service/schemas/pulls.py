@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from models.ct.screening import UID
+from models.ct.reasons import UID
 
 # Text of a matching key: no backslash, which would begin another value, and no control characters (PS3.5 6.2).
 Key = Annotated[str, StringConstraints(strip_whitespace=True, max_length=64, pattern=r"^[^\x00-\x1f\x7f\\]*$")]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 from service.schemas.base import Schema
 
 State = Literal["received", "queued", "embedding", "embedded", "indexed", "rejected", "failed"]

@@ -3,7 +3,7 @@
 import hashlib
 from typing import NamedTuple
 
-from models.ct.screening import Reason
+from models.ct.reasons import Reason
 
 
 class ExportFile(NamedTuple):
