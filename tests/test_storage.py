@@ -47,6 +47,19 @@ def test_a_bag_is_one_chunk_that_numpy_reads_alone(tmp_path, bag):
     assert zarr.open_array(folder, mode="r").metadata.dimension_names == ("slice", "window", "dim")
 
 
+@pytest.mark.parametrize("empty", [False, True], ids=["numbers", "all zeros, of which Zarr writes no chunk"])
+def test_a_slice_is_read_without_the_others(tmp_path, bag, empty):
+    bags, stored = Bags(tmp_path), np.zeros_like(bag) if empty else bag
+    bags.put(KEY, "c0", stored, {})
+
+    assert [np.array_equal(bags.get_slice(KEY, "c0", number), stored[number]) for number in range(5)] == 5 * [True]
+    for beyond in (-1, 5):
+        with pytest.raises(IndexError, match="expected 0 to 4"):
+            bags.get_slice(KEY, "c0", beyond)
+    with pytest.raises(FileNotFoundError):
+        bags.get_slice(KEY, "c1", 0)
+
+
 def test_a_bag_that_dies_while_it_is_written_is_not_there(tmp_path, bag, monkeypatch):
     bags = Bags(tmp_path)
 

@@ -164,10 +164,12 @@ def _wanted(filters: Filters) -> Wanted:
 
 def _stored(query: SliceQuery, match: Match, stores: Stores, encoder_id: str, spec: EncoderSpec) -> QuerySlice:
     row = stores.catalog.embedding(query.series_uid, encoder_id)
-    bag = stores.bags.get(EmbeddingKey(query.series_uid, encoder_id), row.content or "")
-    if query.slice >= len(bag):
-        raise SliceNotFound(f"no slice {query.slice}, expected 0 to {len(bag) - 1}")
-    return _at_windows(bag[query.slice], query.window, match, spec, encoder_id)
+    key = EmbeddingKey(query.series_uid, encoder_id)
+    try:
+        embedding = stores.bags.get_slice(key, row.content or "", query.slice)
+    except IndexError as error:
+        raise SliceNotFound(str(error)) from error
+    return _at_windows(embedding, query.window, match, spec, encoder_id)
 
 
 def _at_windows(

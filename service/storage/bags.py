@@ -1,5 +1,6 @@
 """Zarr: one (slices, windows, dim) float16 array per EmbeddingKey, with its receipt in the attributes."""
 
+import json
 import shutil
 import uuid
 from collections.abc import Collection
@@ -14,6 +15,7 @@ from models.durable import fsync_path, fsync_tree, remove_tree
 from service.storage.keys import EmbeddingKey
 
 LAYOUT_VERSION = 1
+FLOAT16 = np.dtype("<f2")
 
 
 def slices_of(receipt: dict[str, Any]) -> list[dict[str, Any]]:
@@ -62,6 +64,22 @@ class Bags:
     def get(self, key: EmbeddingKey, content: str) -> NDArray[np.float16]:
         """Raises FileNotFoundError for a bag that was replaced."""
         return np.asarray(self._open(key, content)[:])
+
+    def get_slice(self, key: EmbeddingKey, content: str, number: int) -> NDArray[np.float16]:
+        """(windows, dim) of one slice, without reading the others: a bag is one chunk of plain numbers.
+
+        Raises FileNotFoundError as get() does, and IndexError.
+        """
+        path = self._path(key, content)
+        slices, windows, dim = json.loads((path / "zarr.json").read_bytes())["shape"]
+        if not 0 <= number < slices:
+            raise IndexError(f"no slice {number}, expected 0 to {slices - 1}")
+        try:
+            with (path / "c" / "0" / "0" / "0").open("rb") as chunk:
+                chunk.seek(number * windows * dim * FLOAT16.itemsize)
+                return np.frombuffer(chunk.read(windows * dim * FLOAT16.itemsize), FLOAT16).reshape(windows, dim)
+        except FileNotFoundError:  # Zarr writes no chunk of zeros alone; or the bag is being removed
+            return self.get(key, content)[number]
 
     def receipt(self, key: EmbeddingKey, content: str) -> dict[str, Any]:
         """Where this embedding comes from: encoder, code, slices with UIDs and positions, times."""
