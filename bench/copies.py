@@ -67,7 +67,7 @@ def copies(real: list[Floats], first: int, seed: int) -> Iterator[Made]:
 def hard_set(dim: int, windows: int, seed: int) -> Iterator[Made]:
     """Without end: Gaussian latents, in which nothing lies near anything, turned into `dim` dimensions."""
     random = np.random.default_rng(seed)
-    turned = np.linalg.qr(random.normal(size=(dim, LATENTS)))[0].T.astype(np.float32)
+    turned = np.linalg.qr(np.random.default_rng(0).normal(size=(dim, LATENTS)))[0].T.astype(np.float32)
     number = 0
     while True:
         latents = random.standard_normal((SLICES, windows, LATENTS), np.float32)

@@ -187,8 +187,6 @@ def measure(data: Path, encoder_id: str, *, hnsw: bool) -> Measured:
     seconds, found = in_turns(searches, QUERIES)
     way = ours.way
     slow, exactly = in_turns({EXACT: of({}, exact=True)}, FEW)
-    with adding(data, encoder_id):
-        writing, _ = in_turns({WRITER: of({})}, QUERIES)
     peak = peak_mb()
 
     kinds = {PLAIN: Kind(), ANY: Kind(own_window=False)}
@@ -199,8 +197,11 @@ def measure(data: Path, encoder_id: str, *, hnsw: bool) -> Measured:
     true = tenths(ours.stores.index, table, vectors, windows, kinds)
     true[EXACT] = true[PLAIN]
     lines = [_line(name, took, recall(found[name], true[name])) for name, took in seconds.items()]
-    lines += [_line(EXACT, slow[EXACT], recall(exactly[EXACT], true[EXACT])), _line(WRITER, writing[WRITER])]
-    return Measured(lines, beside(ours, vectors, true[ANY], hnsw=hnsw), _said(way), round(peak, 1))
+    lines.append(_line(EXACT, slow[EXACT], recall(exactly[EXACT], true[EXACT])))
+    turns = beside(ours, vectors, true[ANY], hnsw=hnsw)
+    with adding(data, encoder_id):  # last, for it changes what is true
+        writing, _ = in_turns({WRITER: of({})}, QUERIES)
+    return Measured([*lines, _line(WRITER, writing[WRITER])], turns, _said(way), round(peak, 1))
 
 
 def beside(ours: Searcher, vectors: Floats, tenth: Floats, *, hnsw: bool) -> list[Line]:
@@ -294,8 +295,11 @@ def _service(data: Path) -> AbstractContextManager[Running]:
 
 
 def _line(name: str, seconds: Sequence[float], found: float | None = None) -> Line:
+    """Said at once as well: the whole takes long."""
     p50, p95 = np.percentile(np.array(seconds) * 1e3, [50, 95])
-    return Line(name, round(float(p50), 2), round(float(p95), 2), None if found is None else round(found, 4))
+    line = Line(name, round(float(p50), 2), round(float(p95), 2), None if found is None else round(found, 4))
+    print(line, file=sys.stderr, flush=True)
+    return line
 
 
 def _said(way: Way | None) -> str:

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -157,9 +157,16 @@ def encoder_id(spec: EncoderSpec, weights_dir: Path) -> str:
 
 def _in_package(locator: str) -> Path | None:
     module, _, inside = locator.partition("/")
-    found = importlib.util.find_spec(module)
-    path = Path(found.origin).parent / inside if found and found.origin else None
+    folder = _package_folder(module)
+    path = folder / inside if folder else None
     return path if path and path.is_file() else None
+
+
+@cache
+def _package_folder(module: str) -> Path | None:
+    """Looked for once: every request asks for its encoder's id, and a search of sys.path takes half of that."""
+    found = importlib.util.find_spec(module)
+    return Path(found.origin).parent if found and found.origin else None
 
 
 def _joined(shards: list[Path], target: Path) -> Path:

@@ -245,6 +245,10 @@ class Catalog:
 
     def embedding(self, series_uid: str, encoder_id: str) -> EmbeddingRow:
         """The committed embedding. Raises SeriesNotFound, NotEmbeddedYet or OtherEncoder."""
+        with self._database.read() as session:
+            found = session.get(EmbeddingRow, (series_uid, encoder_id))
+        if found and found.content is not None:
+            return found
         series = self.series(series_uid)
         for row in series.embeddings:
             if row.encoder_id == encoder_id:
