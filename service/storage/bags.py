@@ -77,9 +77,10 @@ class Bags:
         try:
             with (path / "c" / "0" / "0" / "0").open("rb") as chunk:
                 chunk.seek(number * windows * dim * FLOAT16.itemsize)
-                return np.frombuffer(chunk.read(windows * dim * FLOAT16.itemsize), FLOAT16).reshape(windows, dim)
+                numbers = np.frombuffer(chunk.read(windows * dim * FLOAT16.itemsize), FLOAT16)
+                return np.asarray(numbers, np.float16).reshape(windows, dim)
         except FileNotFoundError:  # Zarr writes no chunk of zeros alone; or the bag is being removed
-            return self.get(key, content)[number]
+            return np.asarray(self.get(key, content)[number])
 
     def receipt(self, key: EmbeddingKey, content: str) -> dict[str, Any]:
         """Where this embedding comes from: encoder, code, slices with UIDs and positions, times."""
