@@ -21,7 +21,7 @@ LONG = {"rows", "splits"}  # of a report, left out of lists
 
 @router.post("", status_code=202, dependencies=[needs("train")])
 def post_head(
-    form: Annotated[HeadTraining, Form()],
+    form: Annotated[HeadTraining, Form(media_type="multipart/form-data")],
     stores: StoresDep,
     settings: SettingsDep,
     queue: QueueDep,

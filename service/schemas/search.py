@@ -20,7 +20,11 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-SomeTexts = Annotated[list[Text], Field(max_length=MOST_VALUES), BeforeValidator(_listed)]
+ManyTexts = Annotated[list[Text], Field(max_length=MOST_VALUES)]
+ManyTags = Annotated[list[Tag], Field(max_length=100)]
+SomeTexts = Annotated[ManyTexts, BeforeValidator(_listed, json_schema_input_type=Text | ManyTexts)]
+SomeTags = Annotated[ManyTags, BeforeValidator(_listed, json_schema_input_type=Tag | ManyTags)]
+SomeVerdicts = Annotated[list[Verdict], BeforeValidator(_listed, json_schema_input_type=Verdict | list[Verdict])]
 
 
 class Filters(BaseModel):
@@ -35,8 +39,8 @@ class Filters(BaseModel):
     body_part: SomeTexts = []
     manufacturer: SomeTexts = Field([], description="as the header has it")
     kernel: SomeTexts = Field([], description="as the header has it")
-    verdict: Annotated[list[Verdict], BeforeValidator(_listed)] = []
-    tags: Annotated[list[Tag], Field(max_length=100), BeforeValidator(_listed)] = Field([], description="all of them")
+    verdict: SomeVerdicts = []
+    tags: SomeTags = Field([], description="all of them")
     spacing_from_mm: float | None = Field(None, ge=0, allow_inf_nan=False)
     spacing_to_mm: float | None = Field(None, ge=0, allow_inf_nan=False)
     date_from: Date | None = Field(None, description="StudyDate, YYYYMMDD")
