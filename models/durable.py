@@ -2,7 +2,11 @@
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 TRIES = 5  # at a directory that somebody still writes into
 
@@ -14,6 +18,23 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file under a temporary name beside `path`; at the end it is flushed and renamed, after an error removed."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.rename(path)
+        fsync_path(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync_tree(root: Path) -> None:
@@ -37,3 +58,9 @@ def remove_tree(folder: Path) -> None:
                 raise
     if folder.parent.exists():
         fsync_path(folder.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

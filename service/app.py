@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -181,7 +180,7 @@ async def _on_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, errors.KeysliceError)
     status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
     title = (type(error).__doc__ or "").rstrip(".")
-    answer = _problem(status, _kebab(type(error).__name__), title, str(error), error.found)
+    answer = _problem(status, errors.kebab(type(error).__name__), title, str(error), error.found)
     answer.headers.update(_headers(error))
     return answer
 
@@ -212,7 +211,9 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_http(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    answer = _problem(error.status_code, _kebab(error.detail.title().replace(" ", "")), error.detail, error.detail)
+    answer = _problem(
+        error.status_code, errors.kebab(error.detail.title().replace(" ", "")), error.detail, error.detail
+    )
     answer.headers.update(error.headers or {})
     return answer
 
@@ -223,10 +224,6 @@ async def _on_disconnect(_: Request, __: Exception) -> JSONResponse:
 
 async def _on_bug(_: Request, error: Exception) -> JSONResponse:
     return _problem(500, "internal-error", "An error of ours", f"{type(error).__name__}; the log has its place")
-
-
-def _kebab(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
 
 
 def _publish_problems(app: FastAPI) -> None:

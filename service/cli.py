@@ -173,9 +173,8 @@ def list_heads(context: typer.Context, service: Service = None) -> None:
     """List every head: name and version, whether it is promoted, state, labels, AUROC."""
     if not context.invoked_subcommand:
         from service.training import heads_table
-        from service.training import list_heads as every
 
-        console().print(heads_table(asked(service, every)))
+        console().print(heads_table(asked(service, lambda client: list(client.heads()))))
 
 
 @heads.command(epilog="Example: keyslice heads promote nodules@2")
@@ -184,10 +183,8 @@ def promote(
     service: Service = None,
 ) -> None:
     """From now on the head's name alone means this version."""
-    from service.training import promote as run
-
-    found = asked(service, lambda http: run(http, head))
-    typer.echo(f"{found['name']} is version {found['version']}, head {found['head_id']}")
+    found = asked(service, lambda client: client.promote(head))
+    typer.echo(f"{found.name} is version {found.version}, head {found.head_id}")
 
 
 @encoders.callback(invoke_without_command=True, epilog="Example: keyslice encoders --json")
@@ -267,7 +264,7 @@ def _train(labels: Path, options: dict[str, Any], service: str | None, output: P
     from service.training import show, write
     from service.training import train as run
 
-    head = asked(service, lambda http: run(http, labels, options, console()))
+    head = asked(service, lambda client: run(client, labels, options, console()))
     show(head, console())
     if output:
         write(head, output)

@@ -27,9 +27,11 @@ KeysliceError
 ├── SourceFailed            SourceRefused, CredentialsRefused, SourceNotFound, SourceAway
 ├── BrokerDown
 ├── ErasureUnfinished
-└── WorkersBusy
+├── WorkersBusy
+└── ServiceAway, JobFailed      of a client alone
 """
 
+import re
 from typing import Any
 
 
@@ -255,3 +257,26 @@ class ErasureUnfinished(KeysliceError):
 
 class WorkersBusy(KeysliceError):
     """No worker has answered in time; the same request may find the answer later."""
+
+
+class ServiceAway(KeysliceError):
+    """No Keyslice service answers, or it broke off while it did."""
+
+
+class JobFailed(KeysliceError):
+    """The work that was waited for failed, or was cancelled."""
+
+
+def kebab(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
+
+
+def kinds() -> dict[str, type[KeysliceError]]:
+    """Every class of the tree by its name outside: SeriesNotFound is `series-not-found`. These names do not change."""
+    found: dict[str, type[KeysliceError]] = {"invalid-request": BadRequest}
+    open_ends = [KeysliceError]
+    while open_ends:
+        error = open_ends.pop()
+        found[kebab(error.__name__)] = error
+        open_ends += error.__subclasses__()
+    return found

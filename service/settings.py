@@ -40,7 +40,7 @@ class Settings(BaseSettings):
         description="address of the API in DICOMweb's answers; unset, as the caller reached it",
     )
     cors_origins: str = Field("", description="origins whose pages may read the API, as a viewer's, between commas")
-    api_key: SecretStr | None = Field(None, description="the API key that our own commands send")
+    api_key: SecretStr | None = Field(None, description="the API key that our own commands and the Python client send")
     rate_limit: int | None = Field(
         None, gt=0, description="requests per minute of one API key, to each API process; unset, any number"
     )

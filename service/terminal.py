@@ -2,13 +2,19 @@
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from service.errors import KeysliceError, Unauthenticated
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.client import Keyslice
+
+T = TypeVar("T")
 
 Service = Annotated[str | None, typer.Option(help="the service's address; that of the settings if none")]
 
@@ -28,15 +34,28 @@ def console(*, to_stderr: bool = False) -> Console:
     return Console(width=None if stream.isatty() else 200, stderr=to_stderr)
 
 
-def asked(service: str | None, question: Callable[[Any], Any]) -> Any:
-    """What the running service answers to a question that takes an httpx client; the process ends where it does not."""
-    from service.calling import CallFailed, client
+def client_of(settings: Settings, address: str | None) -> "Keyslice":
+    """For the service at the address, that of the settings if none; it sends the settings' API key."""
+    from service.client import Keyslice
 
-    with client(read_settings(), service) as http:
+    key = settings.api_key.get_secret_value() if settings.api_key else ""
+    return Keyslice(address or f"http://{settings.host}:{settings.port}", api_key=key)
+
+
+def asked(service: str | None, question: "Callable[[Keyslice], T]") -> T:
+    """What the running service answers to a question that takes a client; the process ends where it does not."""
+    with client_of(read_settings(), service) as client:
         try:
-            return question(http)
-        except CallFailed as error:
-            fail(str(error), status=1)
+            return question(client)
+        except KeysliceError as error:
+            fail(told(error), status=1)
+
+
+def told(error: KeysliceError) -> str:
+    """An error of the running service as a command says it."""
+    status = f"{error.found['status']}: " if "status" in error.found else ""
+    hint = "; KEYSLICE_API_KEY is the key that is sent" if isinstance(error, Unauthenticated) else ""
+    return f"{status}{error}{hint}"
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -8,10 +8,7 @@ import re
 import socket
 import subprocess
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import get_args
 
 import httpx
 import pytest
-import uvicorn
+from serving import keys_of, serving, settings_of
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
@@ -34,21 +31,10 @@ from service.errors import TooManyRequests, Unauthenticated
 from service.local import from_elsewhere
 from service.settings import Settings
 from service.storage.api_keys import ApiKeys, Scope, read_token
-from service.storage.database import Database, upgrade
 from service.storage.tables import now
 
 SCOPES: tuple[str, ...] = get_args(Scope)
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def settings_of(data_dir: Path, **others) -> Settings:
-    return Settings(data_dir=data_dir, sweep_seconds=3600, **{"broker_url": "memory://", **others})
-
-
-def keys_of(settings: Settings) -> ApiKeys:
-    settings.data_dir.mkdir(exist_ok=True)
-    upgrade(settings.catalog_url, settings.data_dir)
-    return ApiKeys(Database(settings.catalog_url))
 
 
 def request(server=("127.0.0.1", 8000), **headers: str) -> Request:
@@ -58,19 +44,6 @@ def request(server=("127.0.0.1", 8000), **headers: str) -> Request:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-@contextmanager
-def serving(settings: Settings, **options) -> Iterator[uvicorn.Server]:
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", **options))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield server
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")

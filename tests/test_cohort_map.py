@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from posting import embed, slice_files
 from rich.console import Console
+from serving import client_over
 from typer.testing import CliRunner
 
 from models.ct.phantom import Identity
@@ -109,7 +110,7 @@ class Page(HTMLParser):
 
 
 def test_a_page_needs_nothing_else_and_runs_nothing_of_a_files(client, tmp_path):
-    told = make_map(client, {"count": 2000}, tmp_path / "map.html", Console(quiet=True))
+    told = make_map(client_over(client), {"count": 2000}, tmp_path / "map.html", Console(quiet=True))
 
     text = (tmp_path / "map.html").read_text()
     page = Page(text)
@@ -121,7 +122,7 @@ def test_a_page_needs_nothing_else_and_runs_nothing_of_a_files(client, tmp_path)
 
 
 def test_pictures_that_the_service_has_none_of_are_missing_and_no_error(client, tmp_path):
-    told = make_map(client, {"count": 5}, tmp_path / "map.html", Console(quiet=True))
+    told = make_map(client_over(client), {"count": 5}, tmp_path / "map.html", Console(quiet=True))
 
     assert [point["picture"] for point in told["points"]] == [None] * 5
     assert told["tsne"] is False
@@ -130,12 +131,12 @@ def test_pictures_that_the_service_has_none_of_are_missing_and_no_error(client, 
 
 def test_pictures_of_an_older_page_are_not_fetched_again(client, tmp_path):
     path, quiet = tmp_path / "map.html", Console(quiet=True)
-    told = make_map(client, {"count": 5}, path, quiet)
+    told = make_map(client_over(client), {"count": 5}, path, quiet)
     for point in told["points"][1:]:
         point["picture"] = f"data:image/webp;base64,{point['sop_uid']}"
     path.write_text(map_page(told))
 
-    again = make_map(client, {"count": 5}, path, quiet)
+    again = make_map(client_over(client), {"count": 5}, path, quiet)
 
     assert [each["picture"] for each in again["points"]] == [each["picture"] for each in told["points"]]
 
@@ -144,7 +145,7 @@ def test_a_file_that_is_no_map_is_replaced(client, tmp_path):
     path = tmp_path / "map.html"
     path.write_bytes(b"\xff\xfe no map")
 
-    make_map(client, {"count": 5}, path, Console(quiet=True))
+    make_map(client_over(client), {"count": 5}, path, Console(quiet=True))
 
     assert len(points_of(path.read_text())) == 5
 
@@ -179,7 +180,7 @@ def test_the_command_shows_each_slice_as_the_service_pictures_it(service, http, 
 
 
 def test_missing_pictures_are_exit_status_3_and_a_page_all_the_same(client, tmp_path, monkeypatch):
-    monkeypatch.setattr("service.commands.features.asked", lambda _, question: question(client))
+    monkeypatch.setattr("service.commands.features.asked", lambda _, question: question(client_over(client)))
 
     answer = CliRunner().invoke(app, ["features", "map", "--out", str(tmp_path / "map.html"), "--limit", "4"])
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from serving import client_over
 from typer.testing import CliRunner
 
 from models.heads.options import HeadOptions
@@ -359,7 +360,7 @@ def test_kept_networks_come_back_to_the_bit_with_their_reports():
 def test_the_command_lists_and_promotes(http, worker, patients, monkeypatch):
     train(http, worker, patients, name="nodule")
     train(http, worker, patients, name="nodule", seed="1")
-    monkeypatch.setattr("httpx.Client", lambda **_: http)
+    monkeypatch.setattr("service.client.Keyslice", lambda *_, **__: client_over(http))
 
     listed = CliRunner().invoke(app, ["heads"])
     promoted = CliRunner().invoke(app, ["heads", "promote", "nodule@2"])
@@ -378,7 +379,7 @@ def test_ctrl_c_cancels_the_training(http, patients, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "_watch", interrupted)
-    monkeypatch.setattr("httpx.Client", lambda **_: http)
+    monkeypatch.setattr("service.client.Keyslice", lambda *_, **__: client_over(http))
     answer = CliRunner().invoke(app, ["train", str(labels), "--permutations", "0"])
 
     assert answer.exit_code == 1 and "cancelled on request" in answer.output

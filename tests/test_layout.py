@@ -16,6 +16,7 @@ MAY_NOT_IMPORT = {
     "models/heads/run.py": {"torch", "timm"},
     "models/specs.py": {"torch", "timm"},
     "service": {"workers", "torch"},
+    "service/client": {"fastapi", "pydicom", "service.app", "service.routes", "service.settings", "service.storage"},
     "service/storage": {"fastapi", "celery", "service.app", "service.deps", "service.routes"},
     "workers": {"fastapi", "service.app", "service.deps", "service.routes"},
 }

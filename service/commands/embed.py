@@ -1,12 +1,12 @@
 """`keyslice embed`: a directory, archive, bucket or server of a PACS, embedded series by series."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from service.terminal import Service, console, fail, read_settings
+from service.errors import KeysliceError
+from service.terminal import Service, console, fail, read_settings, told
 
 SOME_FAILED = 3  # exit status
 INTERRUPTED = 130  # as shells have it for SIGINT
@@ -29,9 +29,8 @@ def embed(
 
     Ctrl-C stops it, and the same command goes on where it was.
     """
-    from service.calling import CallFailed
     from service.embedded import CannotStart
-    from service.exporting import a_service, run, summary, table, write_csv
+    from service.exporting import a_service, run, summary, table
 
     settings, progress = read_settings(), console(to_stderr=True)
     named = _uri(uri)
@@ -40,21 +39,23 @@ def embed(
     asked = {"uri": named, "encoder": encoder, "dry_run": dry_run, **_asked(query, queries)}
     own = False
     try:
-        with a_service(settings, service, named) as (http, own):
-            export = run(http, asked, progress)
+        with a_service(settings, service, named) as (client, own):
+            export = run(client, asked, progress)
             if csv:
-                write_csv(http, export["export_id"], csv)
-    except (CallFailed, CannotStart) as error:
+                client.export_table(export.export_id, csv)
+    except KeysliceError as error:
+        fail(told(error), status=1)
+    except CannotStart as error:
         fail(str(error), status=1)
     except KeyboardInterrupt:
         place = "It has stopped" if own else "The service goes on with it"
         fail(f"{place}; the same command goes on where it is.", status=INTERRUPTED)
     if as_json:
-        typer.echo(json.dumps(export, indent=1))
+        typer.echo(export.model_dump_json(indent=1))
     else:
         console().print(table(export))
         typer.echo("\n".join(summary(export)))
-    if export["states"].get("failed") or export["bad_rows"]:
+    if export.states.get("failed") or export.bad_rows:
         raise typer.Exit(SOME_FAILED)
 
 

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from service.features.formats import FORMATS, FormatName
+from service.features.names import SUFFIXES, FormatName, format_of
 from service.schemas.features import DRAWN, MOST_DRAWN
 from service.terminal import Service, asked, console, fail
 
 features = typer.Typer(no_args_is_help=True, help="Take a cohort's features away.")
 INCOMPLETE = 3  # exit status
-SUFFIXES = ", ".join(f"{form.suffix} is {name}" for name, form in FORMATS.items())
+ENDINGS = ", ".join(f"{suffix} is {name}" for name, suffix in SUFFIXES.items())
 
 Many = list[str] | None
 PatientId = Annotated[Many, typer.Option("--patient-id", help="may be repeated")]
@@ -34,7 +34,7 @@ def noun() -> None:
 @features.command(epilog="Example: keyslice features get chest.parquet --body-part chest --date-from 2001-01-01")
 def get(
     path: Annotated[Path, typer.Argument(help="the file to write; see docs/features.md")],
-    form: Annotated[FormatName | None, typer.Option("--format", help=f"by the file's name if none: {SUFFIXES}")] = None,
+    form: Annotated[FormatName | None, typer.Option("--format", help=f"by the file's name if none: {ENDINGS}")] = None,
     encoder: EncoderName = None,
     window: Annotated[Many, typer.Option("--window", help="may be repeated; all if none")] = None,
     patient_id: PatientId = None,
@@ -52,14 +52,14 @@ def get(
     service: Service = None,
 ) -> None:
     """Write a cohort's features, with their receipts, to a file: all of them, or no file."""
-    from service.features.client import download, format_of
+    from service.features.download import download
 
     form = form or format_of(path)
     if form is None:
-        fail(f"{path.name} says no format: give --format, one of {', '.join(FORMATS)}")
+        fail(f"{path.name} says no format: give --format, one of {', '.join(SUFFIXES)}")
     _writable(path)
     query = _query(locals()) | {"format": form, "window": window or []}
-    said = asked(service, lambda http: download(http, query, path, console(to_stderr=True)))
+    said = asked(service, lambda client: download(client, query, path, console(to_stderr=True)))
     if as_json:
         typer.echo(json.dumps(said))
     else:
@@ -97,7 +97,7 @@ def draw_map(
 
     _writable(out)
     query = _query(locals()) | {"count": limit, "seed": seed, "window": window or []}
-    told = asked(service, lambda http: make_map(http, query, out, console(to_stderr=True)))
+    told = asked(service, lambda client: make_map(client, query, out, console(to_stderr=True)))
     points = told["points"]
     if as_json:
         typer.echo(json.dumps(without_pictures(told)))

@@ -15,9 +15,10 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
+from models.durable import replacing
 from models.projection import Projection, project
-from service.calling import streamed
-from service.features.client import replacing
+from service.client import Keyslice
+from service.errors import KeysliceError
 from service.report.map_page import map_page, points_of
 
 TIMEOUT = httpx.Timeout(60, read=600)  # of a wait for the next bytes: a large cohort is counted before the first
@@ -28,18 +29,18 @@ QUALITY = 50  # of WebP: some 2 kB a picture
 Point = dict[str, Any]
 
 
-def make_map(http: httpx.Client, query: Mapping[str, Any], path: Path, console: Console) -> dict[str, Any]:
-    """Draw, project, fetch pictures, write the page; answers what is on it. Raises CallFailed or OSError.
+def make_map(client: Keyslice, query: Mapping[str, Any], path: Path, console: Console) -> dict[str, Any]:
+    """Draw, project, fetch pictures, write the page; answers what is on it. Raises KeysliceError or OSError.
 
     Pictures on an older page at `path` are not fetched again.
     """
-    about, points, vectors = _drawn(http, query)
+    about, points, vectors = _drawn(client, query)
     known = _pictures_of(path)
     with Progress(console=console) as progress:
         task = progress.add_task("pictures", total=len(points))
         wanted = [known.get(_name(point)) or point for point in points]
         with ThreadPoolExecutor(PICTURES_AT_ONCE) as pool:
-            pictures = pool.map(lambda each: _picture(http, each, lambda: progress.advance(task)), wanted)
+            pictures = pool.map(lambda each: _picture(client, each, lambda: progress.advance(task)), wanted)
             projection = project(vectors, int(about["seed"]))
             for point, picture in zip(points, pictures, strict=True):
                 point["picture"] = picture
@@ -55,12 +56,12 @@ def without_pictures(told: Mapping[str, Any]) -> dict[str, Any]:
     return {**told, "points": bare}
 
 
-def _drawn(http: httpx.Client, query: Mapping[str, Any]) -> tuple[dict[str, Any], list[Point], NDArray[np.float16]]:
+def _drawn(client: Keyslice, query: Mapping[str, Any]) -> tuple[dict[str, Any], list[Point], NDArray[np.float16]]:
     """What the service says of the sample, its instances, their vectors (n, dim)."""
     import pyarrow as pa
 
-    with streamed(http, "/v1/features/sample", query, TIMEOUT) as response:
-        table = pa.ipc.open_stream(response.read()).read_all()
+    response = client.request("GET", "/v1/features/sample", params=query, timeout=TIMEOUT)
+    table = pa.ipc.open_stream(response.content).read_all()
     about = json.loads(table.schema.metadata[b"keyslice"])
     about["series"] = int(response.headers["X-Keyslice-Series"])
     about["instances"] = int(response.headers["X-Keyslice-Slices"]) * len(about["windows"])
@@ -68,15 +69,15 @@ def _drawn(http: httpx.Client, query: Mapping[str, Any]) -> tuple[dict[str, Any]
     return about, table.drop_columns("vector").to_pylist(), vectors
 
 
-def _picture(http: httpx.Client, wanted: Point | str, done: Callable[[], None]) -> str | None:
+def _picture(client: Keyslice, wanted: Point | str, done: Callable[[], None]) -> str | None:
     """The slice at its window as a small data URI; None where the service gives none. A URI is its own answer."""
     try:
         if isinstance(wanted, str):
             return wanted
         address = f"/v1/series/{wanted['series_uid']}/slices/{wanted['slice']}/image"
-        answer = http.get(address, params={"window": wanted["window"]}, timeout=TIMEOUT)
-        return small(answer.content) if answer.status_code == httpx.codes.OK else None
-    except httpx.TransportError:
+        query = {"window": wanted["window"]}
+        return small(client.request("GET", address, again=False, params=query, timeout=TIMEOUT).content)
+    except KeysliceError:
         return None
     finally:
         done()

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from service.features.anndata import h5ad
 from service.features.bags import FeatureBag
+from service.features.names import SUFFIXES, FormatName
 from service.features.stamp import stamp_zip
 from service.features.tables import arrow, parquet
 from service.features.zarr_zip import zarr_zip
-
-FormatName = Literal["parquet", "arrow", "stamp", "anndata", "zarr"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,9 @@ class Format:
 
 
 FORMATS: dict[FormatName, Format] = {
-    "parquet": Format("application/vnd.apache.parquet", ".parquet", parquet),
-    "arrow": Format("application/vnd.apache.arrow.stream", ".arrows", arrow),
-    "stamp": Format("application/zip", ".zip", stamp_zip),
-    "anndata": Format("application/x-hdf5", ".h5ad", h5ad),
-    "zarr": Format("application/zip", ".zarr.zip", zarr_zip),
+    "parquet": Format("application/vnd.apache.parquet", SUFFIXES["parquet"], parquet),
+    "arrow": Format("application/vnd.apache.arrow.stream", SUFFIXES["arrow"], arrow),
+    "stamp": Format("application/zip", SUFFIXES["stamp"], stamp_zip),
+    "anndata": Format("application/x-hdf5", SUFFIXES["anndata"], h5ad),
+    "zarr": Format("application/zip", SUFFIXES["zarr"], zarr_zip),
 }

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.features.formats import FormatName
+from service.features.names import FormatName
 from service.schemas.base import Text
 from service.storage.cohorts import CohortFilter
 
