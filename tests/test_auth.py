@@ -501,11 +501,14 @@ def test_our_own_commands_send_the_key_of_the_settings(place, tmp_path):
 
     without = run("heads", "--service", place.address, **here)
     with_key = run("heads", "--service", place.address, **here, KEYSLICE_API_KEY=place.keys["read"])
+    reader = run("embed", str(tmp_path), "--service", place.address, **here, KEYSLICE_API_KEY=place.keys["read"])
 
     assert without.exit_code == 1
     assert "401: no key came with it" in without.stderr
     assert "KEYSLICE_API_KEY" in without.stderr
     assert with_key.exit_code == 0, with_key.stderr
+    assert reader.exit_code == 1
+    assert "403: key" in reader.stderr and "has read, expected write" in reader.stderr
 
 
 def test_settings_do_not_show_their_key():

@@ -13,11 +13,11 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from service.client import Keyslice
-from service.client.asked import Cohort, Explaining, Searching, SearchingSeries, Training
+from service.client.asked import Cohort, Explaining, Searching, SearchingImage, SearchingSeries, Training
 from service.client.twofold import Call, Each
 from service.routes.predictions import Asked
 from service.schemas.features import EmbeddedQuery
-from service.schemas.search import SearchRequest, SeriesSearchRequest
+from service.schemas.search import ImageSearchRequest, SearchRequest, SeriesSearchRequest
 from service.schemas.training import HeadTraining
 
 ASKED = {"remove": 0.1, "draws": 5, "seed": 1, "apart_mm": 10.0}
@@ -63,6 +63,8 @@ COHORT = {
 SLICES = [{"series_uid": "1.2", "slice": 1, "window": "lung"}]
 SEARCH = {"k": 3, "match": "any", "collapse": "series", "exclude": "patient", "filters": FILTERS, "exact": True}
 
+IMAGE_SEARCH = {"window": "lung", "k": 3, "match": "any", "collapse": "series", "filters": FILTERS, "exact": True}
+
 # Of each call, all that it can be given.
 EXAMPLES: dict[str, list[tuple[tuple, dict]]] = {
     "request": [(("GET", "/v1/series"), {"params": {"limit": 1}})],
@@ -96,6 +98,7 @@ EXAMPLES: dict[str, list[tuple[tuple, dict]]] = {
         ((), {"slices": SLICES, "combine": "mean", "encoder": "e"}),
         ((), {"vector": [1.0, 0.0], "encoder": "e", "window": "lung"}),
     ],
+    "similar_image": [((b"DICM",), {"encoder": "e", **IMAGE_SEARCH})],
     "similar_series": [
         (
             ("1.2",),
@@ -120,6 +123,7 @@ EXAMPLES: dict[str, list[tuple[tuple, dict]]] = {
     "export_table": [(("x", "series.csv"), {})],
 }
 CALLS = {name: value for name, value in vars(Keyslice).items() if isinstance(value, Call | Each)}
+FORMS = ("upload", "train", "similar_image")
 BINARY = {"embeddings", "embeddings_xarray", "features", "events", "export_table", "request", "wait", "plot_attention"}
 
 
@@ -190,6 +194,11 @@ def form(request: httpx.Request) -> dict[str, list[str]]:
     return of_name([(part.get_param("name", header="content-disposition"), part.get_content()) for part in parts])
 
 
+def test_the_query_beside_an_image_is_as_the_schema_has_it():
+    (query,) = form(caught("similar_image", *EXAMPLES["similar_image"][0]))["query"]
+    assert ImageSearchRequest.model_validate_json(query) == ImageSearchRequest.model_validate(IMAGE_SEARCH)
+
+
 def test_every_call_has_an_example():
     assert set(EXAMPLES) == set(CALLS)
 
@@ -209,7 +218,7 @@ def test_a_call_is_one_that_the_service_has(openapi, validator, name, tmp_path, 
             assert fits_as_text(validator, known[each]["schema"], texts), (each, texts)
 
 
-@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("request", "upload", "train")])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in {"request", *FORMS}])
 def test_a_body_is_as_the_schema_has_it(openapi, validator, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments, options in EXAMPLES[name]:
@@ -221,7 +230,7 @@ def test_a_body_is_as_the_schema_has_it(openapi, validator, name, tmp_path, monk
             assert faults(validator, schema, json.loads(request.content)) == []
 
 
-@pytest.mark.parametrize("name", ["upload", "train"])
+@pytest.mark.parametrize("name", FORMS)
 def test_a_form_is_as_the_schema_has_it(openapi, validator, name):
     ((arguments, options),) = EXAMPLES[name]
     request = caught(name, arguments, options)
@@ -230,7 +239,7 @@ def test_a_form_is_as_the_schema_has_it(openapi, validator, name):
     fields = form(request)
 
     assert set(schema["required"]) <= set(fields) <= set(schema["properties"])
-    for each in set(fields) - {"files", "labels"}:
+    for each in set(fields) - {"files", "labels", "file"}:
         assert fits_as_text(validator, schema["properties"][each], fields[each]), each
 
 
@@ -266,6 +275,7 @@ def test_arrays_are_asked_for_as_what_the_service_has(openapi, name):
         (Explaining, Asked, set()),
         (Training, HeadTraining, {"labels"}),
         (Searching, SearchRequest, {"series_uid", "slice", "window"}),
+        (SearchingImage, ImageSearchRequest, set()),
         (SearchingSeries, SeriesSearchRequest, {"series_uid"}),
         (Cohort, EmbeddedQuery, set()),
     ],

@@ -19,7 +19,7 @@ from service.client import Keyslice
 from service.schemas.heads import Head
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENTS = 6
+PATIENTS = 4
 
 
 @dataclass
@@ -145,9 +145,11 @@ def test_similar_slices_and_series_are_found(way, cohort):
     others = way.call(way.client.similar, uid, 0, "lung", k=3, exclude="patient", filters=own)
     by_vector = way.call(way.client.similar, vector=vector, encoder=encoder, window="lung", k=3, filters=own)
     series = way.call(way.client.similar_series, uid, k=2, filters=own)
+    sent = way.call(way.client.similar_image, cohort / "ct" / "2" / "0.dcm", match="fused", k=1, filters=own)
 
     assert (by_slice.hits[0].series_uid, by_slice.hits[0].slice) == (uid, 0)
     assert [hit.sop_uid for hit in by_vector.hits] == [hit.sop_uid for hit in by_slice.hits]
+    assert (sent.hits[0].series_uid, sent.hits[0].slice) == (uid, 0)
     assert uid not in {hit.series_uid for hit in others.hits} and len(others.hits) == 3
     assert uid not in {hit.series_uid for hit in series.hits} and len(series.hits) == 2
 

@@ -78,6 +78,15 @@ class Searching(TypedDict, total=False):
     encoder: str
 
 
+class SearchingImage(TypedDict, total=False):
+    window: str
+    k: int
+    match: Literal["same", "any", "fused"]
+    collapse: Literal["none", "series"]
+    filters: Filters | Mapping[str, Any]
+    exact: bool
+
+
 class SearchingSeries(TypedDict, total=False):
     by: Literal["mean", "attention", "late"]
     head: str

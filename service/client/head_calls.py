@@ -1,12 +1,13 @@
 """Heads, predictions, attention and search, each call once."""
 
 import io
+import json
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
 from service.client.answers import Attention, Predictions, SearchAnswer
-from service.client.asked import Explaining, HeadLike, Labels, Searching, SearchingSeries, Training
+from service.client.asked import Explaining, HeadLike, Labels, Searching, SearchingImage, SearchingSeries, Training
 from service.client.calls import at, given, pages, parsed, plain
 from service.client.wire import Wire, ask
 from service.report.attention import Drawing, attention_curves
@@ -90,6 +91,18 @@ async def similar(
     """The nearest stored slices by cosine: to a stored slice, to several (`slices`), or to a vector; docs/search.md."""
     body = _body(options, series_uid=series_uid, slice=slice, window=window)
     return parsed(wire, SearchAnswer, await ask(wire, "POST", at("search"), again=True, json=body))
+
+
+async def similar_image(
+    wire: Wire, image: str | Path | bytes, *, encoder: str | None = None, **options: Unpack[SearchingImage]
+) -> SearchAnswer:
+    """The nearest stored slices to one that is sent, DICOM or a PNG at a window; the service keeps nothing of it."""
+    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    form = {"query": json.dumps(_body(options))}
+    file = {"file": ("slice", io.BytesIO(content), "application/octet-stream")}
+    query = given(encoder=encoder)
+    answer = await ask(wire, "POST", at("search", "image"), again=True, params=query, files=file, data=form)
+    return parsed(wire, SearchAnswer, answer)
 
 
 async def similar_series(wire: Wire, series_uid: str, **options: Unpack[SearchingSeries]) -> SeriesSearchAnswer:

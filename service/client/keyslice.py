@@ -49,6 +49,7 @@ class Keyslice:
     attention = Call(head_calls.attention)
     plot_attention = Call(head_calls.plot_attention)
     similar = Call(head_calls.similar)
+    similar_image = Call(head_calls.similar_image)
     similar_series = Call(head_calls.similar_series)
 
     export = Call(calls.export)
