@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
+from sqlalchemy.exc import OperationalError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -20,6 +21,7 @@ from service import errors
 from service.auth import Access, Authenticated, require_key
 from service.deps import EncoderNames, cached_heads
 from service.dicomweb.addresses import PREFIX
+from service.disk import is_full
 from service.erasing import Eraser
 from service.metrics import FromStores, Timed
 from service.queue import Queue
@@ -64,6 +66,7 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.UnsupportedMedia: 415,
     errors.NotAcceptable: 406,
     errors.BadRequest: 422,
+    errors.NoRoom: 507,
     errors.BrokerDown: 503,
     errors.ErasureUnfinished: 503,
     errors.WorkersBusy: 503,
@@ -155,6 +158,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(OSError, _on_full_disk)
+    app.add_exception_handler(OperationalError, _on_full_disk)
     app.add_exception_handler(Exception, _on_bug)
     _publish_problems(app)
     return app
@@ -220,6 +225,12 @@ async def _on_http(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_disconnect(_: Request, __: Exception) -> JSONResponse:
     return _problem(400, "client-disconnected", "The client went away", "the body ended early")
+
+
+async def _on_full_disk(request: Request, error: Exception) -> JSONResponse:
+    if not is_full(error):
+        raise error
+    return await _on_error(request, errors.NoRoom("the disk is full, expected room for what was sent"))
 
 
 async def _on_bug(_: Request, error: Exception) -> JSONResponse:

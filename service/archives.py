@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from models.ct.nifti import is_nifti
+from service.disk import Room
 from service.errors import BadArchive, UploadTooLarge
 from service.uploads import StagedFile
 
@@ -34,6 +35,7 @@ class Budget:
 
     files: int
     bytes: int
+    room: Room | None = None  # where it goes, if anywhere
 
     def take_file(self) -> None:
         self.files -= 1
@@ -44,14 +46,18 @@ class Budget:
         self.bytes -= count
         if self.bytes < 0:
             raise BadArchive("the archive expands beyond its limit")
+        if self.room:
+            self.room.require(count)
 
 
-def unpacked(staged: StagedFile, folder: Path, max_files: int, max_expansion: float) -> Iterator[StagedFile]:
+def unpacked(
+    staged: StagedFile, folder: Path, room: Room, max_files: int, max_expansion: float
+) -> Iterator[StagedFile]:
     """The file itself, or where it is a zip or tar (plain, gz, bz2, xz) each member of it.
 
-    Archives inside archives are not opened. Raises BadArchive or UploadTooLarge.
+    Archives inside archives are not opened. Raises BadArchive, UploadTooLarge or NoRoom.
     """
-    budget = Budget(max_files, most_expanded(staged.path, max_expansion))
+    budget = Budget(max_files, most_expanded(staged.path, max_expansion), room)
     members = {Kind.ZIP: _zip_members, Kind.TAR: _tar_members}
     if kind := kind_of(staged.path):
         yield from _members(members[kind](staged.path), folder, budget)

@@ -13,6 +13,7 @@ from models.modes import by_id, in_mode
 from models.specs import EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence, encoder_id
 from models.zoo import encoders as all_encoders
 from service.auth import Caller
+from service.disk import Room
 from service.errors import EncoderNotFound, HeadNotReady, LicenceNotAccepted, OtherEncoder, ScopeMissing, WeightsNotHere
 from service.queue import Queue
 from service.settings import Settings
@@ -101,6 +102,9 @@ def settings(request: Request) -> Settings:
     return found
 
 
+SettingsDep = Annotated[Settings, Depends(settings)]
+
+
 def queue(request: Request) -> Queue:
     found: Queue = request.state.queue
     return found
@@ -121,16 +125,23 @@ def metrics(request: Request) -> CollectorRegistry:
     return found
 
 
+def room(request: Request, settings: SettingsDep) -> Room:
+    """Where a body goes. Raises NoRoom where there is none for it, by its Content-Length if it has one."""
+    length, found = request.headers.get("content-length", ""), Room.of(settings)
+    found.require(int(length) if length.isdecimal() else 0)
+    return found
+
+
 async def caller(request: Request) -> Caller:
     found: Caller = request.state.caller
     return found
 
 
 StoresDep = Annotated[Stores, Depends(stores)]
-SettingsDep = Annotated[Settings, Depends(settings)]
 QueueDep = Annotated[Queue, Depends(queue)]
 EncodersDep = Annotated[EncoderNames, Depends(encoders)]
 HeadsDep = Annotated[Callable[[str], HeadRunner], Depends(heads)]
+RoomDep = Annotated[Room, Depends(room)]
 MetricsDep = Annotated[CollectorRegistry, Depends(metrics)]
 CallerDep = Annotated[Caller, Depends(caller)]
 

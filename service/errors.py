@@ -25,6 +25,7 @@ KeysliceError
 ├── PathNotAllowed
 ├── PeerNotAllowed, PeerFailed
 ├── SourceFailed            SourceRefused, CredentialsRefused, SourceNotFound, SourceAway
+├── NoRoom
 ├── BrokerDown
 ├── ErasureUnfinished
 ├── WorkersBusy
@@ -245,6 +246,10 @@ class SourceNotFound(SourceFailed):
 
 class SourceAway(SourceFailed):
     """It does not answer, or says that it may later; tried several times."""
+
+
+class NoRoom(KeysliceError):
+    """The disk is too full to take this in."""
 
 
 class BrokerDown(KeysliceError):

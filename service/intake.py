@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.ct.nifti import UnusableNifti, is_nifti, nifti_slices
+from models.ct.nifti import InflatesTooFar, UnusableNifti, is_nifti, nifti_slices
 from models.ct.reasons import Reason
 from models.ct.screening import SetAside, screened_header
 from service.about import about_series
 from service.archives import most_expanded, unpacked
+from service.disk import Room
 from service.errors import BeingErased, NothingUsable
 from service.settings import Settings
 from service.storage.catalog import Arrival, Quiet
@@ -62,7 +63,7 @@ def take_in(
     A NIfTI volume becomes a series of such slices; `patient_id` is whose it is.
 
     Everything is unpacked and screened before the first file is archived, so a bad upload leaves
-    nothing behind. Raises BadArchive, UploadTooLarge, BeingErased, or NothingUsable with what was found.
+    nothing behind. Raises BadArchive, UploadTooLarge, NoRoom, BeingErased, or NothingUsable with what was found.
     """
     every = _all_files(files, folder, settings, patient_id)
     groups, set_aside = _group(every, stores)
@@ -103,24 +104,31 @@ def adopt(files: Iterable[StagedFile], series_uid: str, encoder_id: str, stores:
 def _all_files(
     files: Iterable[StagedFile], folder: Path, settings: Settings, patient_id: str
 ) -> Iterator[StagedFile | NamedSetAside]:
+    room = Room.of(settings)
     for number, staged in enumerate(files):
         inside = folder / f"unpacked-{number}"
         inside.mkdir()
-        for file in unpacked(staged, inside, settings.max_upload_files, settings.max_expansion):
+        for file in unpacked(staged, inside, room, settings.max_upload_files, settings.max_expansion):
             if is_nifti(file.path):
-                yield from _nifti(file, inside, settings, patient_id)
+                yield from _nifti(file, inside, room, settings, patient_id)
             else:
                 yield file
 
 
-def _nifti(file: StagedFile, folder: Path, settings: Settings, patient_id: str) -> Iterator[StagedFile | NamedSetAside]:
+def _nifti(
+    file: StagedFile, folder: Path, room: Room, settings: Settings, patient_id: str
+) -> Iterator[StagedFile | NamedSetAside]:
     """The volume's slices, under the volume's name. Whatever it takes of the disk goes when the upload ends."""
     slices = folder / f"nifti-{file.path.name}"
     slices.mkdir()
+    most, fits = most_expanded(file.path, settings.max_expansion), room.left()
     try:
-        for path in nifti_slices(file.path, slices, patient_id, most_expanded(file.path, settings.max_expansion)):
+        for path in nifti_slices(file.path, slices, patient_id, min(most, fits)):
+            room.require()
             yield StagedFile(path, file.name)
     except UnusableNifti as error:
+        if isinstance(error, InflatesTooFar) and fits < most:
+            room.require(most)
         yield NamedSetAside(file.name, error.reason, str(error))
     file.path.unlink()
 

@@ -107,7 +107,7 @@ class Settings(BaseSettings):
         description="AE titles that may send by C-STORE, between commas; any if none, on loopback only",
     )
     min_free_bytes: int = Field(
-        2 * 2**30, ge=0, description="free bytes on the data directory's disk below which the receiver refuses"
+        2 * 2**30, ge=0, description="bytes that stay free on the data directory's disk: nothing is taken in below"
     )
 
     sweep_seconds: float = Field(5.0, gt=0, description="how often work whose message was lost is looked for")

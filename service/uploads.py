@@ -15,6 +15,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
+from service.disk import Room
 from service.errors import BadUpload, EmptyUpload, UploadTooLarge
 
 FIELD = "files"
@@ -67,14 +68,14 @@ def _age_seconds(path: Path) -> float:
 
 
 async def receive_files(
-    stream: AsyncIterator[bytes], content_type: str, folder: Path, *, max_bytes: int, max_files: int
+    stream: AsyncIterator[bytes], content_type: str, folder: Path, room: Room, *, max_bytes: int, max_files: int
 ) -> list[StagedFile]:
-    """The parts named `files` of a multipart/form-data body, written below folder. Raises BadUpload."""
+    """The parts named `files` of a multipart/form-data body, written below folder. Raises BadUpload or NoRoom."""
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or b"boundary" not in options:
         raise BadUpload(f"Content-Type is {kind.decode('latin-1') or 'missing'}, expected multipart/form-data")
     parts = await receive_parts(
-        stream, options[b"boundary"], folder, _form_file, max_bytes=max_bytes, max_files=max_files
+        stream, options[b"boundary"], folder, _form_file, room, max_bytes=max_bytes, max_files=max_files
     )
     if not any(file.path.stat().st_size for file in parts):
         raise EmptyUpload(f"no file with content in the upload, expected one or more parts named {FIELD!r}")
@@ -95,6 +96,7 @@ async def receive_parts(
     boundary: bytes,
     folder: Path,
     name: Callable[[Mapping[bytes, bytes]], str],
+    room: Room,
     *,
     max_bytes: int,
     max_files: int,
@@ -102,7 +104,7 @@ async def receive_parts(
     """The parts of any multipart body, written below folder, empty ones too.
 
     `name` says what a part's headers call it, nothing for one without a name, and raises where they are wrong.
-    Raises also BadUpload and UploadTooLarge.
+    Raises also BadUpload, UploadTooLarge and NoRoom.
     """
     received, buffer = 0, bytearray()
     with _writing(folder, boundary, name, max_files) as writer:
@@ -112,8 +114,10 @@ async def receive_parts(
                 raise UploadTooLarge(f"upload is longer than {max_bytes} bytes")
             buffer += chunk
             if len(buffer) >= WRITE_BYTES:
+                room.require(len(buffer))
                 await run_in_threadpool(writer.write, bytes(buffer))
                 buffer.clear()
+        room.require(len(buffer))
         await run_in_threadpool(writer.write, bytes(buffer))
     return writer.files
 

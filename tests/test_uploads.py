@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from service.disk import Room
 from service.errors import BadUpload, EmptyUpload, UploadTooLarge
 from service.uploads import receive_files, staging
 
@@ -27,7 +28,8 @@ def receive(sent: bytes, folder: Path, chunk: int = 7, max_bytes: int = 1 << 20,
         for start in range(0, len(sent), chunk):
             yield sent[start : start + chunk]
 
-    return asyncio.run(receive_files(stream(), kind, folder, max_bytes=max_bytes, max_files=max_files))
+    room = Room(folder, 0)
+    return asyncio.run(receive_files(stream(), kind, folder, room, max_bytes=max_bytes, max_files=max_files))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from models.ct.reasons import Reason
 from service.archives import BROKEN, Budget, most_expanded
+from service.disk import Room
 from service.errors import BadArchive
 from service.storage.files import ExportFile
 from workers.sources import COPY_BYTES, NotFetched, copy, identified
@@ -81,8 +82,8 @@ class Tar:
 
     at_once = 1
 
-    def __init__(self, path: Path, folder: Path, max_expansion: float) -> None:
-        self._path = _plain(path, folder, max_expansion)
+    def __init__(self, path: Path, folder: Path, max_expansion: float, room: Room | None = None) -> None:
+        self._path = _plain(path, folder, max_expansion, room)
 
     def entries(self) -> Iterator[ExportFile]:
         try:
@@ -144,14 +145,14 @@ def _entry(member: tarfile.TarInfo) -> ExportFile:
     return file
 
 
-def _plain(path: Path, folder: Path, max_expansion: float) -> Path:
-    """The tar itself, or what it unpacks to, in the folder. Raises BadArchive."""
+def _plain(path: Path, folder: Path, max_expansion: float, room: Room | None) -> Path:
+    """The tar itself, or what it unpacks to, in the folder. Raises BadArchive or NoRoom."""
     with path.open("rb") as file:
         start = file.read(max(map(len, COMPRESSED)))
     opener = next((opener for magic, opener in COMPRESSED.items() if start.startswith(magic)), None)
     if opener is None:
         return path
-    budget = Budget(1, most_expanded(path, max_expansion))
+    budget = Budget(1, most_expanded(path, max_expansion), room)
     plain = folder / "archive.tar"
     try:
         with opener(path) as source, plain.open("xb") as target:

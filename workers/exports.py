@@ -17,7 +17,8 @@ from typing import Any
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from service.archives import Kind, kind_of
-from service.errors import BadArchive, BadExport, BeingErased, SourceAway, SourceFailed
+from service.disk import Room, is_full
+from service.errors import BadArchive, BadExport, BeingErased, NoRoom, SourceAway, SourceFailed
 from service.exports import path_of
 from service.intake import adopt
 from service.queue import Queue
@@ -34,7 +35,10 @@ from workers.scanning import scan
 from workers.sources import NotFetched, Source, Tree, in_threads
 
 POLL_SECONDS = 0.25  # between two looks at the series that are being embedded
+ROOM_SECONDS = 2.0  # between two looks at a disk that is too full
 CLOSE_SECONDS = 10.0  # for an export to hand itself back when its worker ends
+
+PAUSED = "waiting for room on the disk"
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +97,7 @@ def run_export(
     except SourceAway as error:
         log.warning("export %s: %s, to be tried again", export_id, error)
         exports.release(export_id, holder, str(error))
-    except (BadArchive, BadExport, SourceFailed) as error:
+    except (BadArchive, BadExport, NoRoom, SourceFailed) as error:
         exports.fail(export_id, holder, str(error))
     except (OSError, OperationalError, BrokenExecutor) as error:
         log.warning("export %s: %s, to be tried again", export_id, type(error).__name__)
@@ -104,7 +108,7 @@ def run_export(
 
 
 def open_source(uri: str, options: Mapping[str, Any], folder: Path, settings: Settings) -> Source:
-    """What the URI names; `folder` has room for what must be unpacked. Raises BadExport or BadArchive."""
+    """What the URI names; what must be unpacked goes into `folder`. Raises BadExport, BadArchive or NoRoom."""
     if is_remote(uri):
         return _open_remote(parse_remote(uri), options, settings)
     path = Path(os.fsdecode(path_of(uri)))
@@ -116,7 +120,7 @@ def open_source(uri: str, options: Mapping[str, Any], folder: Path, settings: Se
     if kind is Kind.ZIP:
         return Zip(path, settings.max_expansion)
     if kind is Kind.TAR:
-        return Tar(path, folder, settings.max_expansion)
+        return Tar(path, folder, settings.max_expansion, Room.of(settings))
     raise BadExport("there is no directory or archive at the path any more")
 
 
@@ -148,6 +152,7 @@ class _Run:
         self._export_id, self._holder, self._folder, self._over = export_id, holder, folder, over
         self._stores, self._settings, self._queue = stores, settings, queue
         self._export = stores.exports.get(export_id)
+        self._room, self._paused = Room.of(settings), self._export.error is not None
         self._source = open_source(self._export.uri, self._export.options, folder, settings)
 
     def run(self) -> None:
@@ -173,17 +178,34 @@ class _Run:
             on_their_way = contents.settle(self._export_id, self._holder)
             following = contents.next_series(self._export_id)
             if following and on_their_way < self._settings.export_series_ahead:
-                self._hand_over(following)
+                self._hand_over_or_wait(following)
             elif following or on_their_way:
                 self._over.wait(POLL_SECONDS)
             else:
                 return
+
+    def _hand_over_or_wait(self, series_uid: str) -> None:
+        """The next series; where there is no room for it the export says so, and waits a little."""
+        try:
+            self._hand_over(series_uid)
+        except (NoRoom, OSError) as error:
+            if isinstance(error, OSError) and not is_full(error):
+                raise
+            why = str(error) if isinstance(error, NoRoom) else "the disk is full"
+            self._stores.exports.explain(self._export_id, self._holder, f"{PAUSED}: {why}")
+            self._paused = True
+            self._over.wait(ROOM_SECONDS)
+            return
+        if self._paused:
+            self._stores.exports.explain(self._export_id, self._holder, None)
+            self._paused = False
 
     def _hand_over(self, series_uid: str) -> None:
         """Copy a series' files, archive the usable ones, ask for the embedding; the note of it comes last."""
         contents, started_at = self._stores.contents, now()
         files = {file.key().hex(): file for file in contents.usable_files(self._export_id, series_uid)}
         aside: list[ExportFile] = []
+        self._room.require(sum(file.size for file in files.values()))
         with TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
             staged = self._copied(files, Path(folder), aside)
             try:
@@ -203,6 +225,7 @@ class _Run:
 
         def copy(key: str) -> NotFetched | None:
             self._check()
+            self._room.require(files[key].size)
             try:
                 self._source.fetch(files[key], folder / key)
             except NotFetched as error:

@@ -3,7 +3,6 @@
 import errno
 import logging
 import re
-import shutil
 import signal
 import socket
 import tempfile
@@ -25,7 +24,8 @@ from models.ct.decode import DECODERS
 from models.ct.header import NotDicom, read_header
 from models.ct.reasons import Reason
 from models.specs import MissingWeights, WrongWeights
-from service.errors import BeingErased
+from service.disk import Room
+from service.errors import BeingErased, NoRoom
 from service.intake import NamedSetAside, collect
 from service.settings import Settings, parse_titles
 from service.storage.stores import Stores, open_stores
@@ -185,7 +185,9 @@ class Receiver:
 
     def _keep(self, event: evt.Event, tally: Tally) -> tuple[int, str]:
         settings, path = self._settings, event.dataset_path
-        if shutil.disk_usage(settings.data_dir).free < settings.min_free_bytes:
+        try:
+            Room.of(settings).require()
+        except NoRoom:
             return OUT_OF_RESOURCES, "the disk is nearly full"
         if _named_otherwise(path, str(event.request.AffectedSOPInstanceUID)):  # type: ignore[union-attr]
             return DOES_NOT_MATCH, OTHERWISE

@@ -49,6 +49,10 @@ class UnusableNifti(Exception):
         self.reason = reason
 
 
+class InflatesTooFar(UnusableNifti):
+    """The compressed file holds more bytes than it may."""
+
+
 def is_nifti(path: Path) -> bool:
     """Whether the file says that it is NIfTI, compressed or not."""
     with path.open("rb") as file:
@@ -134,7 +138,7 @@ def _plain_copy(path: Path, target: Path, max_bytes: int) -> str:
             while chunk := source.read(CHUNK):
                 written += len(chunk)
                 if written > max_bytes:
-                    raise UnusableNifti(Reason.NOT_A_VOLUME, "it inflates beyond the limit of an upload")
+                    raise InflatesTooFar(Reason.NOT_A_VOLUME, "it inflates beyond the limit of an upload")
                 digest.update(chunk)
                 copy.write(chunk)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -1,6 +1,5 @@
 """STOW-RS: parts of a request to archived slices, and what the sender is told of each (PS3.18 10.5)."""
 
-import errno
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from models.ct.header import read_header
 from models.ct.reasons import UID, Reason
 from service.dicomweb.addresses import Addresses
 from service.dicomweb.media import DICOM, RELATED
+from service.disk import Room
 from service.errors import BadDicomWeb, BadUpload, BeingErased, UnsupportedMedia, UploadTooLarge
 from service.intake import collect
 from service.settings import Settings
@@ -19,7 +19,6 @@ from service.storage.stores import Stores
 from service.uploads import StagedFile, receive_parts
 
 # Failure Reason (PS3.18 table I.2-2).
-OUT_OF_RESOURCES = 0xA700
 DOES_NOT_MATCH = 0xA900
 CANNOT_UNDERSTAND = 0xC000
 SYNTAX_NOT_SUPPORTED = 0xC122
@@ -44,7 +43,6 @@ FAILURES: dict[Reason, int] = {
     Reason.SERIES_OF_ANOTHER_PATIENT: DOES_NOT_MATCH,
 }
 OTHER_STUDY = "other_study"
-NO_SPACE = "no_space"
 ERASING = "being_erased"
 
 LONGEST_COMMENT = 64  # characters of LO (PS3.5 6.2)
@@ -81,9 +79,12 @@ class Outcome:
 
 
 async def receive_instances(
-    stream: AsyncIterator[bytes], content_type: str, folder: Path, *, max_bytes: int, max_files: int
+    stream: AsyncIterator[bytes], content_type: str, folder: Path, room: Room, *, max_bytes: int, max_files: int
 ) -> list[StagedFile]:
-    """The parts of a multipart/related body, below folder. Raises UnsupportedMedia, BadDicomWeb or UploadTooLarge."""
+    """The parts of a multipart/related body, below folder.
+
+    Raises UnsupportedMedia, BadDicomWeb, UploadTooLarge or NoRoom.
+    """
     kind, options = parse_options_header(content_type)
     part = options.get(b"type", DICOM.encode()).lower()
     if kind != RELATED.encode() or part != DICOM.encode():
@@ -93,7 +94,7 @@ async def receive_instances(
         raise BadDicomWeb("Content-Type names no boundary, expected one")
     try:
         files = await receive_parts(
-            stream, options[b"boundary"], folder, _checked_part, max_bytes=max_bytes, max_files=max_files
+            stream, options[b"boundary"], folder, _checked_part, room, max_bytes=max_bytes, max_files=max_files
         )
     except UploadTooLarge:
         raise
@@ -109,7 +110,8 @@ def store(
 ) -> Outcome:
     """Archive the axial CT slices among the parts; those of another study than the path's are refused.
 
-    What the outcome calls stored is on disk and in the catalog, new or not.
+    What the outcome calls stored is on disk and in the catalog, new or not. On a full disk some may be in the archive
+    when OSError comes; sent again, they count as stored.
     """
     instances = [_instance(file) for file in files]
     failures: dict[str, Failure] = {}
@@ -166,11 +168,6 @@ def _collected(files: Sequence[StagedFile], encoder_id: str, stores: Stores, set
         intake = collect(files, encoder_id, stores, settings)
     except BeingErased as error:
         return {file.name: Failure(PROCESSING_FAILURE, f"{ERASING}: {error}") for file in files}
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        # Some may be in the archive already; sent again, they count as stored.
-        return {file.name: Failure(OUT_OF_RESOURCES, f"{NO_SPACE}: the disk is full") for file in files}
     aside = [*intake.set_aside, *(each for series in intake.series for each in series.set_aside)]
     return {
         each.file: Failure(FAILURES.get(each.reason, PROCESSING_FAILURE), f"{each.reason}: {each.detail}")

@@ -6,12 +6,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from service.deps import EncodersDep, SettingsDep, StoresDep, needs
+from service.deps import EncodersDep, RoomDep, SettingsDep, StoresDep, needs
 from service.dicomweb.addresses import PREFIX, Addresses
 from service.dicomweb.attributes import Level
 from service.dicomweb.media import DICOM_JSON, JSON, Media, chosen
 from service.dicomweb.query import MOST_RESULTS, parse_query, search
 from service.dicomweb.store import receive_instances, store, store_response
+from service.disk import Room
 from service.schemas.dicomweb import FOUND, OF_SERIES, OF_STUDY, STORE_BODY, STORED, Uid, search_parameters
 from service.settings import Settings
 from service.storage.stores import Stores
@@ -91,9 +92,10 @@ async def store_instances(
     encoders: EncodersDep,
     accept: AcceptDep,
     addresses: AddressesDep,
+    room: RoomDep,
 ) -> Response:
     """STOW-RS: store slices of any study. Their series are embedded once they are whole."""
-    return await _stored(request, None, stores, settings, encoders.id(None), accept, addresses)
+    return await _stored(request, None, stores, settings, encoders.id(None), accept, addresses, room)
 
 
 @router.post(
@@ -111,9 +113,10 @@ async def store_instances_of_study(
     encoders: EncodersDep,
     accept: AcceptDep,
     addresses: AddressesDep,
+    room: RoomDep,
 ) -> Response:
     """STOW-RS: store slices of one study; those of another are refused."""
-    return await _stored(request, study, stores, settings, encoders.id(None), accept, addresses)
+    return await _stored(request, study, stores, settings, encoders.id(None), accept, addresses, room)
 
 
 @router.get(
@@ -196,6 +199,7 @@ async def _stored(
     encoder_id: str,
     accept: str,
     addresses: Addresses,
+    room: Room,
 ) -> Response:
     media = chosen(accept, [Media(DICOM_JSON), Media(JSON)]).media.kind  # before a body is taken that has no answer
     with staging(settings.staging_dir) as folder:
@@ -203,6 +207,7 @@ async def _stored(
             request.stream(),
             request.headers.get("content-type", ""),
             folder,
+            room,
             max_bytes=settings.max_upload_bytes,
             max_files=settings.max_upload_files,
         )

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.windows import WINDOWS, Window, apply_window
-from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep, needs
+from service.deps import EncodersDep, QueueDep, RoomDep, SettingsDep, StoresDep, needs
 from service.errors import BadQuery, NotEmbeddedYet, SliceNotFound, WindowNotFound
 from service.intake import Intake, take_in
 from service.queue import Queue
@@ -53,6 +53,7 @@ async def post_series(
     settings: SettingsDep,
     queue: QueueDep,
     encoders: EncodersDep,
+    room: RoomDep,
     encoder: Annotated[Text | None, Query(description="name; the service's own where unset")] = None,
     patient_id: Annotated[
         str, Query(max_length=64, pattern=r"^[^\\\x00-\x1f]*$", description="of NIfTI volumes, which name no patient")
@@ -65,6 +66,7 @@ async def post_series(
             request.stream(),
             request.headers.get("content-type", ""),
             folder,
+            room,
             max_bytes=settings.max_upload_bytes,
             max_files=settings.max_upload_files,
         )

@@ -69,6 +69,11 @@ class Exports:
         with self._database.note() as session:
             return touch(session, export_id, holder)
 
+    def explain(self, export_id: str, holder: str, error: str | None) -> None:
+        """Why a running export does not go on just now; None where it does. Waiting is no attempt."""
+        with self._database.note() as session:
+            touch(session, export_id, holder, error=error, attempts=0)
+
     def finish(self, export_id: str, holder: str) -> None:
         """Every series has come to its end."""
         self._end(export_id, holder, "done", None)
