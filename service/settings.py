@@ -110,6 +110,9 @@ class Settings(BaseSettings):
         2 * 2**30, ge=0, description="bytes that stay free on the data directory's disk: nothing is taken in below"
     )
 
+    audit_key: SecretStr | None = Field(None, min_length=16, description="signs the audit's entries; unset, unsigned")
+    audit_days: float | None = Field(None, gt=0, description="after which entries of the audit go; unset, never")
+
     sweep_seconds: float = Field(5.0, gt=0, description="how often work whose message was lost is looked for")
     stale_seconds: float = Field(15.0, gt=0, description="silence after which a worker counts as dead")
     max_attempts: int = Field(3, gt=0, description="attempts at one series or head before it counts as failed")
@@ -161,6 +164,10 @@ class Settings(BaseSettings):
     @property
     def catalog_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'catalog.db'}"
+
+    @property
+    def audit_secret(self) -> bytes | None:
+        return self.audit_key.get_secret_value().encode() if self.audit_key else None
 
     @property
     def weights_path(self) -> Path:

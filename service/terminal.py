@@ -1,5 +1,7 @@
 """What every command needs of its terminal: the settings, the running service, a console, an end with a reason."""
 
+import getpass
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
@@ -26,6 +28,14 @@ def read_settings() -> Settings:
     except ValidationError as error:
         lines = [f"KEYSLICE_{'_'.join(map(str, each['loc'])).upper()}: {each['msg']}" for each in error.errors()]
         fail("\n".join(lines))
+
+
+def this_user() -> str:
+    """Who runs the command, as the audit calls them."""
+    try:
+        return f"command:{getpass.getuser()}"
+    except (KeyError, OSError):  # a container's user without a name
+        return f"command:{os.getuid()}"
 
 
 def console(*, to_stderr: bool = False) -> Console:

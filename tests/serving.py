@@ -14,6 +14,7 @@ from service.app import create_app
 from service.client import Keyslice
 from service.settings import Settings
 from service.storage.api_keys import ApiKeys
+from service.storage.chain import Chain
 from service.storage.database import Database, upgrade
 
 
@@ -34,7 +35,7 @@ def settings_of(data_dir: Path, **others) -> Settings:
 def keys_of(settings: Settings) -> ApiKeys:
     settings.data_dir.mkdir(exist_ok=True)
     upgrade(settings.catalog_url, settings.data_dir)
-    return ApiKeys(Database(settings.catalog_url))
+    return ApiKeys(Database(settings.catalog_url), Chain())
 
 
 @contextmanager

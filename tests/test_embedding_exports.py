@@ -124,6 +124,10 @@ def test_every_series_is_embedded_whole_wherever_its_files_lie(stores, settings,
     assert aside(stores, export_id) == {b"notes.txt": "not_dicom"}
     assert all(row.slices_set_aside == {"undecodable": 1} for row in stores.contents.series(export_id))
     assert stores.exports.add(row.uri, ENCODER, {"dry_run": False})[1] is False
+    noted = [json.loads(row.entry) for row in stores.audit.list(who=f"export:{export_id}")]
+    assert [(each["kind"], each["series"]) for each in noted] == [
+        ("export.series", [stores.catalog.series(uid).series_key]) for uid in sorted(BOTH)
+    ]
 
 
 def test_our_archive_is_a_copy(own, settings, root, embedder):

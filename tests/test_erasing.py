@@ -1,5 +1,6 @@
 """After an erasure no byte of a series is left in any store, whoever was at work on it, whoever died."""
 
+import json
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from service.intake import collect, take_in
 from service.queue import Queue
 from service.settings import Settings
 from service.similar import Asked, QuerySlice, search
+from service.storage.chain import Event
 from service.storage.keys import EmbeddingKey, HeatSpot
 from service.storage.selection import Narrowed
 from service.storage.stores import open_stores
@@ -116,6 +118,8 @@ def fill(eraser: Eraser) -> list[bytes]:
     stores.heatmaps.put(HeatSpot(GONE.series_uid, content, head_id, 0, "lung", "x"), {"cells": []})
     eraser.queue.embed([EmbeddingKey(GONE.series_uid, ENCODER), EmbeddingKey(STAYS.series_uid, ENCODER)])
     eraser.queue.heat_map(HeatSpot(GONE.series_uid, content, head_id, 0, "lung", "x"))
+    read = Event("local", "series.read", series_uids=(GONE.series_uid,), patient_ids=(GONE.patient_id,))
+    stores.audit.append([read])
     marks = [GONE.series_uid.encode(), old[1, 1].tobytes(), new[2, 0].tobytes()]
     return marks + [path.stem.encode() for path in stores.archive.files(GONE.series_uid)]
 
@@ -137,6 +141,12 @@ def holding(root: Path, marks: list[bytes]) -> set[str]:
     files = [path for path in root.rglob("*") if path.is_file()]
     names = {str(path.relative_to(root)): path.read_bytes() for path in files}
     return {name for name, content in names.items() if any(mark in content or mark in name.encode() for mark in marks)}
+
+
+def audited(eraser: Eraser) -> list[dict]:
+    """The audit, which fits."""
+    assert eraser.stores.audit.verify().wrong is None
+    return [json.loads(row.entry) for row in eraser.stores.audit.list()]
 
 
 def of_whom(root: Path, marks: list[bytes]) -> set[str]:
@@ -183,6 +193,8 @@ def test_no_byte_of_an_erased_patient_is_left(eraser):
     row = eraser.patient(GONE.patient_id)
 
     assert row.series == 2
+    assert [each["kind"] for each in audited(eraser)] == ["series.read", "erase", "erase.receipt"]
+    assert len(audited(eraser)[1]["series"]) == 2
     assert holding(root, marks) == set()
     with pytest.raises(PatientNotFound):
         eraser.patient(GONE.patient_id)
@@ -251,6 +263,7 @@ def test_an_erasure_that_dies_in_every_place_in_turn_is_brought_to_its_end(erase
     eraser.sweep()
 
     row = eraser.stores.erasures.get(erasure_id)
+    assert [each["kind"] for each in audited(eraser)] == ["series.read", "erase", "erase.receipt"]
     assert died == [place for place in PLACES if not (after and place == "indexes.unbuilt")] or died == PLACES
     assert row.erased_at and row.removed["archive_files"] == 4
     assert holding(root, marks) == set()

@@ -1,5 +1,6 @@
 """A patient's name, id and dates stay in the archive and the catalog."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from posting import embed, post, slice_files
 
 from models.ct.phantom import Identity
 from service.embedded import in_background
+from service.settings import Settings
+from service.storage.audit import Audit
+from service.storage.chain import Chain
+from service.storage.database import Database
 
 MARK, GONE = "QXZCANARY", "QXZERASED"
 
@@ -81,6 +86,14 @@ def test_an_erased_patient_is_in_no_file_of_a_running_service(http, folder):
     assert receipt == http.get(f"/v1/erasures/{receipt['erasure_id']}").json()
     assert receipt["erased_at"] and GONE not in str(receipt)
     assert http.get(f"/v1/series/{stays.series_uid}").json()["state"] == "indexed"
+    audit = Audit(Database(Settings(data_dir=folder).catalog_url), Chain())
+    entries = [json.loads(row.entry) for row in audit.list()]
+    (asked,) = [each for each in entries if each["kind"] == "erase" and each["outcome"] == "done"]
+    (erased,) = [each for each in entries if each.get("about", {}).get("removed") == receipt["removed"]]
+    of_gone = [each["kind"] for each in entries if asked["series"][0] in each.get("series", [])]
+    assert asked["about"]["erasure"] == erased["about"]["erasure"] == receipt["erasure_id"]
+    assert of_gone == ["upload", "embeddings.read", "erase"]
+    assert audit.verify().wrong is None
 
 
 def holding(root: Path, mark: bytes) -> list[str]:

@@ -1,6 +1,7 @@
 """The C-STORE receiver against DCMTK's senders: what was answered with success is there, whatever dies."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -276,6 +277,24 @@ def test_what_is_set_aside_is_refused_with_its_reason_and_leaves_nothing(
     assert len(answer.ErrorComment) <= 64
     assert list((settings.data_dir / "archive").iterdir()) == []
     assert left_behind(settings) == []
+
+
+def test_the_audit_has_a_series_of_a_sender_once_and_what_was_refused(tmp_path, settings, plain_stores):
+    datasets = [pydicom.dcmread(path) for path in write_ct(tmp_path / "ct")[:3]]
+    datasets.append(pydicom.dcmread(write_slice(tmp_path / "slice")))
+    datasets[-1].Modality = "MR"
+    with receiving(settings, plain_stores):
+        association = associated(settings)
+        statuses = [association.send_c_store(each).Status for each in datasets]
+        noted = [json.loads(row.entry) for row in plain_stores.audit.list()]
+        association.release()
+
+    key = plain_stores.catalog.series(str(datasets[0].SeriesInstanceUID)).series_key
+    assert statuses == [0, 0, 0, 0xA900]
+    assert [(each["who"], each["kind"], each["outcome"], each["status"], each.get("series")) for each in noted] == [
+        ("aet:TESTER", "c-store", "done", 0, [key]),
+        ("aet:TESTER", "c-store", "refused", 0xA900, None),
+    ]
 
 
 def test_success_is_never_said_of_another_instance_than_was_named(tmp_path, settings, plain_stores, monkeypatch):

@@ -25,6 +25,7 @@ from service.queue import Queue
 from service.remotes import Remote, S3Prefix, is_remote, parse_remote
 from service.schemas.pulls import PacsQuery
 from service.settings import Settings
+from service.storage.chain import Event
 from service.storage.contents import NotHeld
 from service.storage.files import ExportFile
 from service.storage.stores import Stores
@@ -217,8 +218,12 @@ class _Run:
         aside += [files[each.file].aside(each.reason, each.detail) for each in refused]
         state = "embedding" if taken.series else "set_aside"
         if taken.series:
+            self._stores.audit.append([self._taken_in(series_uid)])
             self._queue.embed(self._stores.catalog.complete(series_uid))
         contents.handed_over(self._export_id, self._holder, series_uid, started_at, aside, state)
+
+    def _taken_in(self, series_uid: str) -> Event:
+        return Event(f"export:{self._export_id}", "export.series", series_uids=(series_uid,))
 
     def _copied(self, files: dict[str, ExportFile], folder: Path, aside: list[ExportFile]) -> Iterator[StagedFile]:
         """Each file's copy under its key; what cannot be copied goes to `aside`."""

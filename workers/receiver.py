@@ -28,6 +28,7 @@ from service.disk import Room
 from service.errors import BeingErased, NoRoom
 from service.intake import NamedSetAside, collect
 from service.settings import Settings, parse_titles
+from service.storage.chain import Event, Outcome
 from service.storage.stores import Stores, open_stores
 from service.terminal import fail, read_settings
 from service.uploads import StagedFile
@@ -37,6 +38,7 @@ MAX_PDU = 128 * 1024  # bytes; the most that DCMTK sends
 LONGEST_PDU = 8 * MAX_PDU  # bytes of any PDU, whatever its header says: a request with many contexts is long
 FINISH_SECONDS = 10.0  # that instances on their way have at the end
 LAST_ANSWER_SECONDS = 0.3
+NOTED_SECONDS = 60.0  # between two entries of the audit that say the same
 SERIES_IN_LOG = 20
 
 # Statuses (PS3.4 B.2.3, PS3.7 C.4.2).
@@ -91,6 +93,7 @@ class Receiver:
         self._stores = stores
         self._tallies: dict[Association, Tally] = {}
         self._busy: set[Association] = set()
+        self._noted: dict[tuple[str | int, ...], float] = {}  # what the audit has, and since when
         self._server: Any = None
 
     def start(self) -> None:
@@ -169,6 +172,8 @@ class Receiver:
         tally = self._tallies.setdefault(event.assoc, Tally())
         try:
             status, comment = self._keep(event, tally)
+            if status != SUCCESS:
+                self._note(event, status)
         except (OSError, DBAPIError) as error:  # a disk or catalog that is away; the sender may try again
             log.error("not kept: %s", type(error).__name__)
             status, comment = OUT_OF_RESOURCES, "the store is away, send it again later"
@@ -198,7 +203,19 @@ class Receiver:
             tally.kept += series.received
             tally.duplicates += series.duplicates
             tally.series.add(series.series_uid)
+        self._note(event, SUCCESS, *(series.series_uid for series in intake.series))
         return SUCCESS, ""
+
+    def _note(self, event: evt.Event, status: int, *series_uids: str) -> None:
+        """In the audit, once a minute for each sender, series and status: a series is hundreds of instances."""
+        title, moment = str(event.assoc.requestor.ae_title), time.monotonic()
+        what: tuple[str | int, ...] = (title, status, *series_uids)
+        if moment - self._noted.get(what, -NOTED_SECONDS) < NOTED_SECONDS:
+            return
+        outcome: Outcome = "done" if status == SUCCESS else "refused"
+        self._stores.audit.append([Event(f"aet:{title}", "c-store", outcome, status, series_uids=series_uids)])
+        recent = {each: at for each, at in [*self._noted.items()] if moment - at < NOTED_SECONDS}
+        self._noted = recent | {what: moment}
 
     def _rejected(self, event: evt.Event) -> None:
         called = event.assoc.requestor.primitive

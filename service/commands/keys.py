@@ -11,9 +11,10 @@ from rich.table import Table
 from service.errors import KeyNotFound
 from service.settings import Settings
 from service.storage.api_keys import ApiKeys, Scope
+from service.storage.chain import Chain
 from service.storage.database import Database, upgrade
 from service.storage.tables import ApiKeyRow, now
-from service.terminal import console, fail, read_settings
+from service.terminal import console, fail, read_settings, this_user
 
 keys = typer.Typer(no_args_is_help=True, help="API keys, in the catalog of the settings: make, list and revoke them.")
 
@@ -37,7 +38,7 @@ def create(
     if wrong := [each for each in scope if each not in SCOPES]:
         fail(f"no scope {wrong[0]!r}, expected of {', '.join(SCOPES)}")
     settings = read_settings()
-    row, key = _store(settings).create(name, scope, _end(expires))
+    row, key = _store(settings).create(name, scope, _end(expires), this_user())
     ends = f"until {row.expires_at:{SHOWN}} UTC" if row.expires_at else "until it is revoked"
     typer.echo(f"key {row.key_id}, {', '.join(row.scopes)}, {ends}; it is shown only now:", err=True)
     typer.echo(key)
@@ -61,7 +62,7 @@ def list_keys(as_json: Annotated[bool, typer.Option("--json", help="for programs
 def revoke(key_id: Annotated[str, typer.Argument(help="the id, as `keyslice keys list` has it")]) -> None:
     """End a key for good, within a second. Where it was the last one, nobody is served until there is another."""
     try:
-        row = _store(read_settings()).revoke(key_id)
+        row = _store(read_settings()).revoke(key_id, this_user())
     except KeyNotFound as error:
         fail(str(error))
     typer.echo(f"key {row.key_id} ({row.name}) is revoked")
@@ -70,7 +71,7 @@ def revoke(key_id: Annotated[str, typer.Argument(help="the id, as `keyslice keys
 def _store(settings: Settings) -> ApiKeys:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     upgrade(settings.catalog_url, lock_dir=settings.data_dir)
-    return ApiKeys(Database(settings.catalog_url))
+    return ApiKeys(Database(settings.catalog_url), Chain(settings.audit_secret))
 
 
 def _end(after: str | None) -> datetime | None:

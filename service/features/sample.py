@@ -2,7 +2,7 @@
 
 import random
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from service.errors import SeriesNotFound
@@ -16,10 +16,18 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-def sample(cohort: Cohort, about: dict[str, Any], count: int, seed: int, stores: Stores) -> Iterator[bytes]:
+def sample(
+    cohort: Cohort,
+    about: dict[str, Any],
+    count: int,
+    seed: int,
+    stores: Stores,
+    noted: Callable[[list[str]], None] = lambda _: None,
+) -> Iterator[bytes]:
     """`count` instances, or all of a smaller cohort: a record batch per series. Only bags drawn from are read.
 
     The same cohort and seed give the same instances. A series that is erased meanwhile is left out.
+    `noted` hears of each series before it is given out.
     """
     import pyarrow as pa
 
@@ -34,6 +42,7 @@ def sample(cohort: Cohort, about: dict[str, Any], count: int, seed: int, stores:
                 tags = stores.tags.get(series_uid)
             except SeriesNotFound:
                 continue
+            noted([series_uid])
             writer.write_table(_rows(bag, rows, tags, about, cohort.dim))
             yield outbox.take()
     yield outbox.take()

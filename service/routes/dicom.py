@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query, Response
 from pydicom.dataset import Dataset
 
 from models.ct.header import NotDicom, read_header
-from service.deps import HeadsDep, SettingsDep, StoresDep, needs
+from service.deps import HeadsDep, SettingsDep, ShownDep, StoresDep, needs
 from service.dicom_out.document import to_bytes
 from service.dicom_out.key_objects import key_objects
 from service.dicom_out.outcome import Outcome, outcome_of
@@ -51,21 +51,29 @@ def get_patient_report(
     head: Annotated[Text, Query()],
     stores: StoresDep,
     heads: HeadsDep,
+    shown: ShownDep,
     series_uid: Annotated[Text | None, Query()] = None,
     study_uid: Annotated[Text | None, Query()] = None,
 ) -> Response:
     """The same from all of the patient's accepted series together; it is of the study that is the latest."""
     explained = explain_patient(stores, heads, head, patient_id, series_uid=series_uid, study_uid=study_uid)
+    shown.series(explained.bag.contents)
     return _answer(_document("report", outcome_of(explained, stores), stores))
 
 
 @router.post("/series/{series_uid}/dicom-out", dependencies=[needs("write")])
 def post_dicom_out(
-    series_uid: Text, order: DicomOut, stores: StoresDep, heads: HeadsDep, settings: SettingsDep
+    series_uid: Text,
+    order: DicomOut,
+    stores: StoresDep,
+    heads: HeadsDep,
+    settings: SettingsDep,
+    shown: ShownDep,
 ) -> DicomOutDone:
     """Send documents to a peer. Sent again they are the same objects, by UID and content."""
     peer = _allowed(order.to, settings)
     outcome = outcome_of(explain_series(stores, heads, order.head, series_uid), stores)
+    shown.about(peer=str(peer), head=outcome.head_id)
     documents = {kind: _document(kind, outcome, stores) for kind in order.kinds}
     try:
         stored = send([*documents.values()], peer, order.to.c_store.calling_ae if order.to.c_store else "")

@@ -1,16 +1,18 @@
 """DICOMweb in: STOW-RS to store, QIDO-RS to search (PS3.18 10.5 and 10.6)."""
 
 import json
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from service.deps import EncodersDep, RoomDep, SettingsDep, StoresDep, needs
+from service.audited import Shown
+from service.deps import EncodersDep, RoomDep, SettingsDep, ShownDep, StoresDep, needs
 from service.dicomweb.addresses import PREFIX, Addresses
 from service.dicomweb.attributes import Level
 from service.dicomweb.media import DICOM_JSON, JSON, Media, chosen
-from service.dicomweb.query import MOST_RESULTS, parse_query, search
+from service.dicomweb.query import MOST_RESULTS, Item, parse_query, search
 from service.dicomweb.store import receive_instances, store, store_response
 from service.disk import Room
 from service.schemas.dicomweb import FOUND, OF_SERIES, OF_STUDY, STORE_BODY, STORED, Uid, search_parameters
@@ -19,6 +21,8 @@ from service.storage.stores import Stores
 from service.uploads import staging
 
 router = APIRouter(prefix=PREFIX, tags=["DICOMweb"])
+
+STUDY, SERIES = "0020000D", "0020000E"  # StudyInstanceUID, SeriesInstanceUID
 
 NOT_FUZZY = "The fuzzymatching parameter is not supported. Only literal matching has been performed."
 TOO_MANY = "The number of results exceeded the maximum supported by the server. Additional results can be requested."
@@ -55,6 +59,7 @@ class Search:
         stores: StoresDep,
         accept: AcceptDep,
         addresses: AddressesDep,
+        shown: ShownDep,
         limit: Annotated[int | None, Query(ge=0, description=f"at most {MOST_RESULTS}")] = None,
         offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
         includefield: Annotated[
@@ -63,13 +68,17 @@ class Search:
         fuzzymatching: Annotated[bool, Query(description="not supported: names match literally, in any case")] = False,
     ) -> None:
         self._parameters = request.query_params.multi_items()
-        self._stores, self._addresses, self._accept = stores, addresses, accept
+        self._stores, self._addresses, self._accept, self._shown = stores, addresses, accept, shown
         self._include, self._limit, self._offset, self._fuzzy = includefield, limit, offset, fuzzymatching
 
     def answer(self, level: Level, **within: str) -> Response:
         media = chosen(self._accept, [Media(DICOM_JSON), Media(JSON)]).media.kind
         query = parse_query(level, self._parameters, self._include, self._limit, self._offset, **within)
         results = search(query, self._stores, self._addresses)
+        if level == "study":
+            self._shown.studies(_uids(results.items, STUDY))
+        else:
+            self._shown.series(_uids(results.items, SERIES))
         warnings = [NOT_FUZZY] if self._fuzzy else []
         if results.more and query.limit == MOST_RESULTS:
             warnings.append(TOO_MANY)
@@ -80,6 +89,10 @@ class Search:
 
 
 SearchDep = Annotated[Search, Depends()]
+
+
+def _uids(items: Sequence[Item], tag: str) -> list[str]:
+    return [item[tag]["Value"][0] for item in items]
 
 
 @router.post(
@@ -93,9 +106,10 @@ async def store_instances(
     accept: AcceptDep,
     addresses: AddressesDep,
     room: RoomDep,
+    shown: ShownDep,
 ) -> Response:
     """STOW-RS: store slices of any study. Their series are embedded once they are whole."""
-    return await _stored(request, None, stores, settings, encoders.id(None), accept, addresses, room)
+    return await _stored(request, None, stores, settings, encoders.id(None), accept, addresses, room, shown)
 
 
 @router.post(
@@ -114,9 +128,10 @@ async def store_instances_of_study(
     accept: AcceptDep,
     addresses: AddressesDep,
     room: RoomDep,
+    shown: ShownDep,
 ) -> Response:
     """STOW-RS: store slices of one study; those of another are refused."""
-    return await _stored(request, study, stores, settings, encoders.id(None), accept, addresses, room)
+    return await _stored(request, study, stores, settings, encoders.id(None), accept, addresses, room, shown)
 
 
 @router.get(
@@ -200,6 +215,7 @@ async def _stored(
     accept: str,
     addresses: Addresses,
     room: Room,
+    shown: Shown,
 ) -> Response:
     media = chosen(accept, [Media(DICOM_JSON), Media(JSON)]).media.kind  # before a body is taken that has no answer
     with staging(settings.staging_dir) as folder:
@@ -212,4 +228,5 @@ async def _stored(
             max_files=settings.max_upload_files,
         )
         outcome = await run_in_threadpool(store, files, study, encoder_id, stores, settings)
+    shown.series(instance.series_uid for instance, failure in outcome.instances if failure is None)
     return Response(json.dumps(store_response(outcome, addresses)), outcome.status, media_type=media)

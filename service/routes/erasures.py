@@ -4,7 +4,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
-from service.deps import QueueDep, SettingsDep, StoresDep, needs
+from service.audited import who
+from service.deps import CallerDep, QueueDep, RecorderDep, SettingsDep, StoresDep, needs
 from service.erasing import Eraser
 from service.schemas.base import Text
 from service.schemas.erasures import Erasure
@@ -12,8 +13,11 @@ from service.schemas.erasures import Erasure
 router = APIRouter(prefix="/v1", tags=["erasures"])
 
 
-def eraser(stores: StoresDep, queue: QueueDep, settings: SettingsDep) -> Eraser:
-    return Eraser(stores, queue, settings)
+def eraser(
+    stores: StoresDep, queue: QueueDep, settings: SettingsDep, caller: CallerDep, recorder: RecorderDep
+) -> Eraser:
+    recorder.flush()  # while the catalog can still say whose data was read
+    return Eraser(stores, queue, settings, who(caller))
 
 
 EraserDep = Annotated[Eraser, Depends(eraser)]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import StreamingResponse
 
-from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep, needs
+from service.deps import EncodersDep, QueueDep, SettingsDep, ShownDep, StoresDep, needs
 from service.exports import checked_uri
 from service.pulls import asked_of
 from service.schemas.base import Text
@@ -38,12 +38,18 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 
 @router.post("", status_code=202, dependencies=[needs("write")])
 def post_export(
-    body: ExportRequest, stores: StoresDep, settings: SettingsDep, queue: QueueDep, encoders: EncodersDep
+    body: ExportRequest,
+    stores: StoresDep,
+    settings: SettingsDep,
+    queue: QueueDep,
+    encoders: EncodersDep,
+    shown: ShownDep,
 ) -> ExportAccepted:
     """Embed every usable series of an export. One of the same that has not come to its end goes on where it is."""
     uri = checked_uri(body.uri, settings.export_roots)
     options = {"dry_run": body.dry_run, **asked_of(uri, body.query, body.queries)}
     row, resumed = stores.exports.add(uri, encoders.id(body.encoder), options)
+    shown.about(export=row.export_id)
     queue.export(row.export_id)
     return ExportAccepted.model_validate({**_columns(row), "resumed": resumed})
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
-from service.deps import EncoderNames, EncodersDep, SettingsDep, StoresDep, needs
+from service.deps import EncoderNames, EncodersDep, SettingsDep, ShownDep, StoresDep, needs
 from service.errors import EmptyCohort
 from service.features.bags import Cohort, picked, read_cohort
 from service.features.formats import FORMATS
@@ -27,13 +27,19 @@ BINARY = {"schema": {"type": "string", "format": "binary"}}
     responses={200: {"content": {each.media_type: BINARY for each in FORMATS.values()}}},
 )
 def get_features(
-    query: Annotated[FeatureQuery, Query()], stores: StoresDep, settings: SettingsDep, encoders: EncodersDep
+    query: Annotated[FeatureQuery, Query()],
+    stores: StoresDep,
+    settings: SettingsDep,
+    encoders: EncodersDep,
+    shown: ShownDep,
 ) -> StreamingResponse:
     """The embeddings of all series that meet the filter, with their receipts, in one file."""
     cohort = _cohort(query, stores, encoders)
     settings.staging_dir.mkdir(parents=True, exist_ok=True)
     form = FORMATS[query.format]
-    content = form.write(read_cohort(cohort, stores), about(cohort), cohort.dim, settings.staging_dir)
+    shown.about(cohort=cohort.series)
+    bags = shown.passing(read_cohort(cohort, stores))
+    content = form.write(bags, about(cohort), cohort.dim, settings.staging_dir)
     headers = {"Content-Disposition": f'attachment; filename="features{form.suffix}"'} | _said(cohort)
     return StreamingResponse(content, media_type=form.media_type, headers=headers)
 
@@ -41,11 +47,14 @@ def get_features(
 @router.get(
     "/sample", response_class=StreamingResponse, responses={200: {"content": {FORMATS["arrow"].media_type: BINARY}}}
 )
-def get_sample(query: Annotated[SampleQuery, Query()], stores: StoresDep, encoders: EncodersDep) -> StreamingResponse:
+def get_sample(
+    query: Annotated[SampleQuery, Query()], stores: StoresDep, encoders: EncodersDep, shown: ShownDep
+) -> StreamingResponse:
     """Some instances of the series that meet the filter, drawn evenly, with the series' tags, as an Arrow stream."""
     cohort = _cohort(query, stores, encoders)
     told = about(cohort) | {"seed": query.seed}
-    content = sample(cohort, told, query.count, query.seed, stores)
+    shown.about(cohort=cohort.series)
+    content = sample(cohort, told, query.count, query.seed, stores, shown.series)
     return StreamingResponse(content, media_type=FORMATS["arrow"].media_type, headers=_said(cohort))
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Form, Query, Response
 
 from service.comparisons import compare_heads
-from service.deps import EncodersDep, QueueDep, SettingsDep, StoresDep, needs
+from service.deps import EncodersDep, QueueDep, SettingsDep, ShownDep, StoresDep, needs
 from service.errors import UploadTooLarge
 from service.labels import match_labels, parse_labels
 from service.schemas.base import Text
@@ -26,6 +26,7 @@ def post_head(
     settings: SettingsDep,
     queue: QueueDep,
     encoders: EncodersDep,
+    shown: ShownDep,
 ) -> HeadAccepted:
     """Train a head on the labels file: `patient_id`, `study_uid` or `series_uid`, then a column per label."""
     encoder_id = encoders.id(form.encoder)
@@ -39,6 +40,8 @@ def post_head(
         options["permutations"] = int(matched.patients <= SMALL_SET)
     targets = matched.as_targets(splits, form.splits_of)
     job_id, head_id = stores.heads.add(encoder_id, matched.labels.labels, options, targets, form.name)
+    shown.series(uid for _, uids, _ in matched.rows for uid in uids)
+    shown.about(head=head_id, job=job_id)
     queue.train(head_id)
     return HeadAccepted.model_validate({"job_id": job_id, "head_id": head_id, "warnings": matched.warnings})
 
@@ -64,9 +67,11 @@ def get_head(head_id: Text, stores: StoresDep) -> Head:
 
 
 @router.post("/{head_id}/promote", dependencies=[needs("admin")])
-def promote_head(head_id: Text, stores: StoresDep) -> Head:
+def promote_head(head_id: Text, stores: StoresDep, shown: ShownDep) -> Head:
     """From now on the head's name alone means this version. The first version of a name is promoted by itself."""
-    return Head.model_validate(stores.heads.promote(head_id))
+    promoted = stores.heads.promote(head_id)
+    shown.about(head=promoted.head_id)
+    return Head.model_validate(promoted)
 
 
 @router.get("/{head_id}/comparison", dependencies=[needs("read")])

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, Field
 
 from models.heads.explain import APART_MM, DRAWS, REMOVED_SHARE
-from service.deps import HeadsDep, StoresDep, needs
+from service.deps import HeadsDep, ShownDep, StoresDep, needs
 from service.explanations import Explained, explain_again, explain_patient, explain_series
 from service.schemas.base import Text
 from service.schemas.predictions import Attention, Instance, Predictions
@@ -48,20 +48,24 @@ def get_predictions(
     stores: StoresDep,
     heads: HeadsDep,
     asked: AskedDep,
+    shown: ShownDep,
     series_uid: Annotated[Text | None, Query()] = None,
     study_uid: Annotated[Text | None, Query()] = None,
 ) -> Predictions:
     """One probability per label, from all of the patient's accepted series together."""
     found = explain_patient(stores, heads, head, patient_id, series_uid=series_uid, study_uid=study_uid)
+    shown.series(found.bag.contents)
     prediction_id = stores.predictions.note(found.head.head_id, found.bag.contents, asked.model_dump())
     return _predictions(prediction_id, patient_id, found, asked)
 
 
 @router.get("/predictions/{prediction_id}")
-def get_prediction(prediction_id: Text, stores: StoresDep, heads: HeadsDep) -> Predictions:
+def get_prediction(prediction_id: Text, stores: StoresDep, heads: HeadsDep, shown: ShownDep) -> Predictions:
     """A prediction once more: the same head on the same bags, whatever was trained, promoted or sent since."""
     row = stores.predictions.get(prediction_id)
-    return _predictions(prediction_id, row.patient.patient_id, explain_again(stores, heads, row), Asked(**row.asked))
+    found = explain_again(stores, heads, row)
+    shown.series(found.bag.contents)
+    return _predictions(prediction_id, row.patient.patient_id, found, Asked(**row.asked))
 
 
 def _predictions(prediction_id: str, patient_id: str, found: Explained, asked: Asked) -> Predictions:

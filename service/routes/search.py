@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from models.specs import EncoderSpec
-from service.deps import EncodersDep, HeadsDep, QueueDep, SettingsDep, StoresDep, needs
+from service.audited import Shown
+from service.deps import EncodersDep, HeadsDep, QueueDep, SettingsDep, ShownDep, StoresDep, needs
 from service.errors import BadQuery, SliceNotFound, UploadTooLarge, WindowNotFound, WorkersBusy
 from service.queue import Queue
 from service.rows import Hit as FoundHit
@@ -46,7 +47,12 @@ MAX_IMAGE_BYTES = 64 * 2**20
 
 @router.post("/search", dependencies=[needs("read")])
 def search(
-    query: SearchRequest, stores: StoresDep, settings: SettingsDep, encoders: EncodersDep, queue: QueueDep
+    query: SearchRequest,
+    stores: StoresDep,
+    settings: SettingsDep,
+    encoders: EncodersDep,
+    queue: QueueDep,
+    shown: ShownDep,
 ) -> SearchAnswer:
     """The k nearest stored slices by cosine: to a stored slice, to several, or to a vector."""
     spec, encoder_id = encoders.spec(query.encoder), encoders.id(query.encoder)
@@ -60,7 +66,8 @@ def search(
     narrowed = stores.selection.narrowed(encoder_id, _wanted(query.filters), query.exclude, own)
     asked = Asked(slices, query.k, match, query.combine, query.collapse == "series", query.exact)
     hits, way = find(asked, encoder_id, narrowed, settings.index_recall, stores, queue.keep_index)
-    return _answer(hits, way, encoder_id, stores)
+    shown.series(own)
+    return _answer(hits, way, encoder_id, stores, shown)
 
 
 @router.post("/search/image", dependencies=[needs("read")])
@@ -70,6 +77,7 @@ async def search_by_image(
     settings: SettingsDep,
     encoders: EncodersDep,
     queue: QueueDep,
+    shown: ShownDep,
     query: Annotated[str, Form(description="an ImageSearchRequest as JSON")] = "{}",
     encoder: Annotated[Text | None, Query(description="name or id; the service's own where unset")] = None,
 ) -> SearchAnswer:
@@ -96,16 +104,20 @@ async def search_by_image(
         narrowed = stores.selection.narrowed(encoder_id, _wanted(asked.filters), "none", [])
         mine = _at_windows(embedding, asked.window, asked.match, spec, encoder_id)
         what = Asked([mine], asked.k, asked.match, collapse=asked.collapse == "series", exact=asked.exact)
-        return _answer(
-            *find(what, encoder_id, narrowed, settings.index_recall, stores, queue.keep_index), encoder_id, stores
-        )
+        hits, way = find(what, encoder_id, narrowed, settings.index_recall, stores, queue.keep_index)
+        return _answer(hits, way, encoder_id, stores, shown)
 
     return await run_in_threadpool(run)
 
 
 @router.post("/search/series", dependencies=[needs("read")])
 def search_series(
-    query: SeriesSearchRequest, stores: StoresDep, settings: SettingsDep, encoders: EncodersDep, heads: HeadsDep
+    query: SeriesSearchRequest,
+    stores: StoresDep,
+    settings: SettingsDep,
+    encoders: EncodersDep,
+    heads: HeadsDep,
+    shown: ShownDep,
 ) -> SeriesSearchAnswer:
     """The k series most like this one: by their mean, by what a head attends to, or slice by slice."""
     _check_k(query.k, settings)
@@ -118,7 +130,9 @@ def search_series(
         encoder_id, runner, pooling = encoders.id(query.encoder), None, "mean"
     narrowed = stores.selection.narrowed(encoder_id, _wanted(query.filters), query.exclude, [query.series_uid])
     shortlist = query.shortlist if query.by == "late" else None
-    return similar_series(query.series_uid, query.k, encoder_id, pooling, runner, shortlist, narrowed, stores)
+    found = similar_series(query.series_uid, query.k, encoder_id, pooling, runner, shortlist, narrowed, stores)
+    shown.series([query.series_uid, *(hit.series_uid for hit in found.hits)])
+    return found
 
 
 @router.get("/series/{series_uid}/tags", dependencies=[needs("read")])
@@ -210,9 +224,10 @@ async def _embedded(
         await run_in_threadpool(stores.queries.forget, query_id)
 
 
-def _answer(hits: Sequence[FoundHit], way: Way, encoder_id: str, stores: Stores) -> SearchAnswer:
+def _answer(hits: Sequence[FoundHit], way: Way, encoder_id: str, stores: Stores, shown: Shown) -> SearchAnswer:
     patients = stores.catalog.patient_ids([hit["series_uid"] for hit in hits])  # one that is being erased is in none
     known = [Hit(**{**hit, "patient_id": patients[hit["series_uid"]]}) for hit in hits if hit["series_uid"] in patients]
+    shown.series(hit.series_uid for hit in known)
     return SearchAnswer(
         hits=known, encoder_id=encoder_id, index=way.index, recall=way.recall, effort=way.effort, note=way.note
     )

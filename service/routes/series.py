@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.windows import WINDOWS, Window, apply_window
-from service.deps import EncodersDep, QueueDep, RoomDep, SettingsDep, StoresDep, needs
+from service.deps import EncodersDep, QueueDep, RoomDep, SettingsDep, ShownDep, StoresDep, needs
 from service.errors import BadQuery, NotEmbeddedYet, SliceNotFound, WindowNotFound
 from service.intake import Intake, take_in
 from service.queue import Queue
@@ -54,6 +54,7 @@ async def post_series(
     queue: QueueDep,
     encoders: EncodersDep,
     room: RoomDep,
+    shown: ShownDep,
     encoder: Annotated[Text | None, Query(description="name; the service's own where unset")] = None,
     patient_id: Annotated[
         str, Query(max_length=64, pattern=r"^[^\\\x00-\x1f]*$", description="of NIfTI volumes, which name no patient")
@@ -71,6 +72,8 @@ async def post_series(
             max_files=settings.max_upload_files,
         )
         intake = await run_in_threadpool(take_in, files, folder, encoder_id, stores, settings, patient_id)
+    shown.series(each.series_uid for each in intake.series)
+    shown.about(job=intake.job_id)
     return await run_in_threadpool(_ask, intake, stores, queue)
 
 
@@ -84,6 +87,7 @@ def complete_series(series_uid: Text, stores: StoresDep, queue: QueueDep) -> Ser
 @router.get("", dependencies=[needs("read")])
 def list_series(
     stores: StoresDep,
+    shown: ShownDep,
     patient_id: Annotated[Text | None, Query()] = None,
     study_uid: Annotated[Text | None, Query()] = None,
     state: Annotated[State | None, Query()] = None,
@@ -96,6 +100,7 @@ def list_series(
     )
     more = len(rows) > limit
     page = [Series.model_validate(row) for row in rows[:limit]]
+    shown.series(each.series_uid for each in page)
     return SeriesPage(series=page, next_cursor=page[-1].series_uid if more else None)
 
 

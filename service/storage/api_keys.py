@@ -10,6 +10,7 @@ from typing import Literal
 from sqlalchemy import select, update
 
 from service.errors import KeyNotFound
+from service.storage.chain import SERVICE, Chain, Event
 from service.storage.database import Database
 from service.storage.tables import ApiKeyRow, now
 
@@ -32,10 +33,13 @@ class ApiKeys:
     equally likely secrets none is guessed at any speed.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, chain: Chain) -> None:
         self._database = database
+        self._chain = chain
 
-    def create(self, name: str, scopes: Iterable[str], expires_at: datetime | None) -> tuple[ApiKeyRow, str]:
+    def create(
+        self, name: str, scopes: Iterable[str], expires_at: datetime | None, who: str = SERVICE
+    ) -> tuple[ApiKeyRow, str]:
         """The new key's row, and the key itself, which nothing can show again."""
         key_id, secret = secrets.token_hex(6), secrets.token_bytes(SECRET_BYTES)
         row = ApiKeyRow(
@@ -43,6 +47,8 @@ class ApiKeys:
         )
         with self._database.write() as session:
             session.add(row)
+            about = (("key", key_id), ("scopes", row.scopes))
+            self._chain.append(session, [Event(who, "key.create", about=about)])
         return row, f"ks_{key_id}_{secret.hex()}"
 
     def list(self) -> list[ApiKeyRow]:
@@ -50,13 +56,14 @@ class ApiKeys:
         with self._database.read() as session:
             return list(session.scalars(select(ApiKeyRow).order_by(ApiKeyRow.created_at, ApiKeyRow.key_id)))
 
-    def revoke(self, key_id: str) -> ApiKeyRow:
+    def revoke(self, key_id: str, who: str = SERVICE) -> ApiKeyRow:
         """For good; a key that was revoked before stays as it is. Raises KeyNotFound."""
         with self._database.write() as session:
             row = session.get(ApiKeyRow, key_id, with_for_update=True)
             if row is None:
                 raise KeyNotFound(f"no key {key_id!r}; `keyslice keys list` has their ids")
             row.revoked_at = row.revoked_at or now()
+            self._chain.append(session, [Event(who, "key.revoke", about=(("key", key_id),))])
             return row
 
     def used(self, key_id: str) -> None:

@@ -10,6 +10,7 @@ from sqlalchemy import String, Table, cast, delete, or_, select
 from sqlalchemy.orm import Session
 
 from service.errors import ErasureNotFound, PatientNotFound, SeriesNotFound
+from service.storage.chain import SERVICE, Chain, Event
 from service.storage.database import Database
 from service.storage.exports import forget
 from service.storage.tables import (
@@ -26,6 +27,7 @@ from service.storage.tables import (
 )
 
 AT_ONCE = 200  # SQLite takes a limited number of parameters
+ASKED, ERASED_ALL = "erase", "erase.receipt"  # kinds of the audit
 ERASED = "a series of its labels table was erased; train it again"
 
 
@@ -41,10 +43,11 @@ class Doomed:
 class Erasures:
     """An erasure is a row from the moment it is asked for; each method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, chain: Chain) -> None:
         self._database = database
+        self._chain = chain
 
-    def begin(self, *, series_uid: str | None = None, patient_id: str | None = None) -> str:
+    def begin(self, *, series_uid: str | None = None, patient_id: str | None = None, who: str = SERVICE) -> str:
         """Take a series, or a patient with every series, out of the catalog; answers the erasure's id.
 
         From here on nobody finds any of it. Asked again before the end, it is the same erasure.
@@ -53,7 +56,9 @@ class Erasures:
         with self._database.write() as session:
             series = _series(session, series_uid, patient_id)
             if not series:
-                return _begun(session, series_uid, patient_id)
+                begun = _begun(session, series_uid, patient_id)
+                self._chain.append(session, [Event(who, ASKED, about=(("erasure", begun),))])
+                return begun
             gone = {row.patient_key for row in series} - _with_other_series(session, series)
             patients = list(session.scalars(select(PatientRow).where(PatientRow.patient_key.in_(gone))))
             uids = [row.series_uid for row in series]
@@ -68,6 +73,7 @@ class Erasures:
             )
             session.add(erasure)
             session.flush()
+            asked = _asked(who, erasure, series)
             for uid in uids:
                 holders = [row.holder for row in embeddings if row.series_uid == uid and row.state == "embedding"]
                 session.add(ErasingSeriesRow(series_uid=uid, erasure_id=erasure.erasure_id, holders=holders))
@@ -75,6 +81,7 @@ class Erasures:
                 forget(session, some, [patient.patient_id for patient in patients])
             erasure.removed = _leave_tables(session, uids)
             session.execute(delete(PatientRow).where(PatientRow.patient_key.in_(gone)))
+            self._chain.append(session, [asked])
             return erasure.erasure_id
 
     def get(self, erasure_id: str) -> ErasureRow:
@@ -129,8 +136,28 @@ class Erasures:
             session.execute(delete(ErasingSeriesRow).where(ErasingSeriesRow.erasure_id == erasure_id))
 
     def finish(self, erasure_id: str) -> None:
+        """Its receipt goes into the audit with it."""
         with self._database.write() as session:
-            session.get_one(ErasureRow, erasure_id, with_for_update=True).erased_at = now()
+            row = session.get_one(ErasureRow, erasure_id, with_for_update=True)
+            if row.erased_at is None:
+                row.erased_at = now()
+                self._chain.append(session, [_receipt(row)])
+
+
+def _asked(who: str, erasure: ErasureRow, series: Sequence[SeriesRow]) -> Event:
+    """By keys that lead nowhere from now on."""
+    return Event(
+        who,
+        ASKED,
+        series_keys=tuple(row.series_key for row in series),
+        patient_keys=tuple(sorted({row.patient_key for row in series})),
+        about=(("erasure", erasure.erasure_id),),
+    )
+
+
+def _receipt(row: ErasureRow) -> Event:
+    about = {"erasure": row.erasure_id, "series": row.series, "removed": row.removed, "heads": row.heads}
+    return Event(SERVICE, ERASED_ALL, about=tuple(about.items()))
 
 
 def _series(session: Session, series_uid: str | None, patient_id: str | None) -> list[SeriesRow]:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from service.settings import Settings
 from service.storage.api_keys import ApiKeys
 from service.storage.archive import Archive
+from service.storage.audit import Audit
 from service.storage.bags import Bags
 from service.storage.canaries import Canaries
 from service.storage.catalog import Catalog
+from service.storage.chain import Chain
 from service.storage.cohorts import Cohorts
 from service.storage.contents import ExportContents
 from service.storage.database import Database, upgrade
@@ -51,6 +53,7 @@ class Stores:
     exports: Exports
     contents: ExportContents
     api_keys: ApiKeys
+    audit: Audit
 
     def close(self) -> None:
         self.database.engine.dispose()
@@ -62,7 +65,7 @@ def open_stores(settings: Settings) -> Stores:
     root.mkdir(parents=True, exist_ok=True)
     upgrade(settings.catalog_url, lock_dir=root)
     database = Database(settings.catalog_url)
-    archive = Archive(root / "archive")
+    archive, chain = Archive(root / "archive"), Chain(settings.audit_secret)
     return Stores(
         archive=archive,
         bags=Bags(root / "bags"),
@@ -75,7 +78,7 @@ def open_stores(settings: Settings) -> Stores:
         heads=Heads(database),
         predictions=Predictions(database),
         leases=Leases(database),
-        erasures=Erasures(database),
+        erasures=Erasures(database, chain),
         canaries=Canaries(database),
         figures=Figures(database),
         health=Health(database),
@@ -85,5 +88,6 @@ def open_stores(settings: Settings) -> Stores:
         queries=Queries(settings.staging_dir / "queries"),
         exports=Exports(database),
         contents=ExportContents(database),
-        api_keys=ApiKeys(database),
+        api_keys=ApiKeys(database, chain),
+        audit=Audit(database, chain),
     )

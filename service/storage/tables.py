@@ -11,8 +11,10 @@ from sqlalchemy import (
     Dialect,
     ForeignKey,
     Index,
+    Integer,
     LargeBinary,
     MetaData,
+    Text,
     TypeDecorator,
     UniqueConstraint,
     text,
@@ -385,3 +387,17 @@ class ApiKeyRow(Row):
         if self.revoked_at:
             return "revoked"
         return "expired" if self.expires_at and self.expires_at <= now() else "active"
+
+
+class AuditRow(Row):
+    """Who read or wrote whose data: a link of the chain that service/storage/chain.py describes."""
+
+    __tablename__ = "audit"
+
+    seq: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False
+    )
+    at: Mapped[datetime] = mapped_column(index=True)  # as in the entry
+    entry: Mapped[str] = mapped_column(Text)  # canonical JSON
+    digest: Mapped[str]  # SHA-256 of the entry, in hexadecimal
+    signature: Mapped[str | None]  # of the digest, by KEYSLICE_AUDIT_KEY
