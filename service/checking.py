@@ -1,14 +1,18 @@
 """What is known of the index: its figures, and whether it is what the bags say."""
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from service.drift import embedding_health
+from service.errors import SeriesNotFound
 from service.indexing import BAGS_PER_COMMIT, slice_rows
 from service.storage.index import IndexBroken, one_of
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
+
+DIFFERING = ("missing", "extra", "duplicate", "differing")  # how rows may
 
 
 @dataclass(frozen=True)
@@ -22,19 +26,17 @@ class Checked:
 
 def check_index(encoder_id: str, stores: Stores) -> Checked:
     """Every row that the catalog says is indexed, and no other, as its bag has it to the last bit."""
-    found: dict[str, list[str]] = {kind: [] for kind in ("missing", "extra", "duplicate", "differing", "broken")}
-    contents = stores.indexes.indexed_contents(encoder_id)
-    waiting = sum(key.encoder_id == encoder_id for key, _ in stores.indexes.not_indexed(10**9))
+    found: dict[str, list[str]] = {kind: [] for kind in (*DIFFERING, "broken")}
+    waiting = stores.inspection.waiting_for_index().get(encoder_id, 0)
     row = stores.indexes.get(encoder_id)
-    if row is None or (not contents and not stores.index.exists(row.table_name)):
+    if row is None or not (stores.indexes.rows(encoder_id) or stores.index.exists(row.table_name)):
         return Checked(0, waiting, found)
     try:
         rows = stores.index.count(row.table_name)
-        found["extra"] += sorted(stores.index.counts(row.table_name).keys() - contents.keys())
-        uids = sorted(contents)
-        for start in range(0, len(uids), BAGS_PER_COMMIT):
-            part = uids[start : start + BAGS_PER_COMMIT]
-            _compare(row.table_name, {uid: contents[uid] for uid in part}, encoder_id, stores, found)
+        found["extra"] += sorted(unknown_series(row.table_name, encoder_id, stores))
+        for contents in stores.inspection.indexed(encoder_id, BAGS_PER_COMMIT):
+            for kind, names in compare(row.table_name, contents, encoder_id, stores).items():
+                found[kind] += names
     except IndexBroken as error:
         found["broken"].append(str(error))
         return Checked(0, waiting, found)
@@ -70,15 +72,20 @@ def index_stats(stores: Stores) -> list[dict[str, Any]]:
     return found
 
 
-def _compare(name: str, contents: dict[str, str], encoder_id: str, stores: Stores, found: dict[str, list[str]]) -> None:
-    stored = stores.index.rows(name, one_of("series_uid", list(contents))).to_pylist()
+def compare(name: str, contents: Mapping[str, str], encoder_id: str, stores: Stores) -> dict[str, list[str]]:
+    """The rows of some series that are not as the bags of these contents have them, by how they differ.
+
+    Bags that are gone are left out: they were replaced, and the new ones wait.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in DIFFERING}
+    stored = stores.index.rows(name, one_of("series_uid", list(contents))).to_pylist() if contents else []
     counts = Counter(each["row_id"] for each in stored)
     found["duplicate"] += sorted(row_id for row_id, count in counts.items() if count > 1)
     here = {each["row_id"]: each for each in stored}
     for uid, content in contents.items():
         try:
             bag = slice_rows(EmbeddingKey(uid, encoder_id), content, stores).as_table().to_pylist()
-        except FileNotFoundError:  # replaced meanwhile: its new bag waits
+        except (FileNotFoundError, SeriesNotFound):
             here = {row_id: each for row_id, each in here.items() if each["series_uid"] != uid}
             continue
         for expected in bag:
@@ -88,3 +95,14 @@ def _compare(name: str, contents: dict[str, str], encoder_id: str, stores: Store
             elif mine != expected:
                 found["differing"].append(expected["row_id"])
     found["extra"] += sorted(here)
+    return found
+
+
+def unknown_series(name: str, encoder_id: str, stores: Stores) -> Iterator[str]:
+    """Series that have rows in the table, and none by the catalog."""
+    told = set[str]()
+    for batch in stores.index.batches(name, ["series_uid"]):
+        uids = set(batch["series_uid"].unique().to_pylist()) - told
+        unknown = uids - stores.inspection.indexed_of(encoder_id, uids).keys()
+        told |= unknown
+        yield from sorted(unknown)

@@ -19,6 +19,7 @@ KeysliceError
 │   ├── HeadNotReady, HeadsDiffer
 │   ├── OtherEncoder
 │   ├── BeingErased
+│   ├── Damaged
 │   └── WeightsNotHere
 ├── Unauthenticated, ScopeMissing, TooManyRequests
 ├── LicenceNotAccepted
@@ -194,6 +195,10 @@ class OtherEncoder(Conflict):
 
 class BeingErased(Conflict):
     """The series is just being erased; what comes afterwards is a new series."""
+
+
+class Damaged(Conflict):
+    """What is stored is no longer what was stored."""
 
 
 class WeightsNotHere(Conflict):

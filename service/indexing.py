@@ -2,16 +2,19 @@
 
 import logging
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.health import bag_health
-from service.errors import SeriesNotFound
+from service.errors import Damaged, SeriesNotFound
 from service.recall import draw_probes, measure_recall
 from service.settings import Settings
 from service.storage.index import IndexBroken, SliceRows
 from service.storage.indexes import Indexed, Measured
+from service.storage.inspection import LOST_BAG
 from service.storage.keys import EmbeddingKey
 from service.storage.leases import Held, LeaseLost
 from service.storage.stores import Stores
@@ -77,6 +80,8 @@ def _index_some(stores: Stores, settings: Settings, held: Held) -> bool:
             bags.append((slice_rows(key, content, stores), content))
         except SeriesNotFound:  # erased meanwhile
             continue
+        except (FileNotFoundError, Damaged):  # replaced, then its new bag waits; else nobody may wait for it
+            stores.inspection.withdraw(key, content, "failed", LOST_BAG)
     if not bags:
         return True
     held.check()
@@ -135,8 +140,8 @@ def rebuild(row: IndexRow, stores: Stores, settings: Settings, held: Held) -> No
                 try:
                     bags.append(slice_rows(EmbeddingKey(uid, encoder_id), content, stores))
                     kept.append(content)
-                except (FileNotFoundError, SeriesNotFound):  # replaced: its new bag waits as any other; or erased
-                    continue
+                except (FileNotFoundError, SeriesNotFound, Damaged):
+                    continue  # replaced: its new bag waits as any other; or erased; or said when it is taken in
             held.check()
             if bags:
                 stores.index.append(name, bags)
@@ -171,11 +176,18 @@ def _built(encoder_id: str, name: str, stores: Stores, settings: Settings, befor
     stores.index.build(name)
     seconds = round(time.monotonic() - started, 1)
     contents = {EmbeddingKey(uid, encoder_id): content for uid, content in stores.indexes.embedded(encoder_id).items()}
-    key, content = next(iter(contents.items()))
-    probes = draw_probes(stores.bags, stores.bags.receipt(key, content)["windows"], contents)
+    probes = draw_probes(stores.bags, _windows(contents, stores), contents)
     measured = measure_recall(stores.index, name, probes, settings.index_recall, seconds)
     log.info("index of %s: recall at 10 is %.3f, effort %s", encoder_id, measured.recall, measured.effort)
     return measured
+
+
+def _windows(contents: Mapping[EmbeddingKey, str], stores: Stores) -> list[str]:
+    """Of an encoder, as the first of its bags that is there says."""
+    for key, content in contents.items():
+        with suppress(FileNotFoundError, Damaged):
+            return list(stores.bags.receipt(key, content)["windows"])
+    return []
 
 
 def _drop_unused(stores: Stores) -> None:

@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pydicom.dataset import FileDataset
 
 from models.ct.nifti import InflatesTooFar, UnusableNifti, is_nifti, nifti_slices
 from models.ct.reasons import Reason
@@ -14,6 +16,7 @@ from service.archives import most_expanded, unpacked
 from service.disk import Room
 from service.errors import BeingErased, NothingUsable
 from service.settings import Settings
+from service.storage.archive import sha256_of
 from service.storage.catalog import Arrival, Quiet
 from service.storage.stores import Stores
 from service.uploads import StagedFile
@@ -101,6 +104,11 @@ def adopt(files: Iterable[StagedFile], series_uid: str, encoder_id: str, stores:
     return Intake(groups, set_aside)
 
 
+def _patient_id(header: FileDataset) -> str:
+    # Without an id nobody can say that two studies are of one patient.
+    return str(header.get("PatientID") or "").strip() or f"unknown-{header.StudyInstanceUID}"
+
+
 def _all_files(
     files: Iterable[StagedFile], folder: Path, settings: Settings, patient_id: str
 ) -> Iterator[StagedFile | NamedSetAside]:
@@ -154,8 +162,7 @@ def _group(
             aside[""].append(NamedSetAside(file.name, Reason.CHANGED, detail))
             file.path.unlink()
             continue
-        # Without an id nobody can say that two studies are of one patient.
-        patient_id = str(header.get("PatientID") or "").strip() or f"unknown-{study_uid}"
+        patient_id = _patient_id(header)
         if uid not in groups:
             if stores.erasures.being_erased(uid):
                 raise BeingErased(f"series {uid} is being erased; send it again later")
@@ -176,15 +183,23 @@ def _group(
 
 
 def _archive(series: SeriesIntake, stores: Stores) -> Arrival:
-    about = about_series(series.staged[0][1])
+    uid, about = series.series_uid, about_series(series.staged[0][1])
+    sop_uids, sums = [sop_uid for sop_uid, _ in series.staged], dict[str, bytes]()
+    known = stores.checksums.of(uid, sop_uids)
     for sop_uid, path in series.staged:
-        if stores.archive.add(series.series_uid, sop_uid, path):
+        sha256 = sha256_of(path)
+        if known.get(sop_uid) == sha256:
+            stores.archive.mend(uid, sop_uid, path, sha256)
+        if stores.archive.add(uid, sop_uid, path):
             series.received += 1
+            sums[sop_uid] = sha256
         else:
             series.duplicates += 1
-    stores.archive.flush(series.series_uid)
-    sop_uids = [sop_uid for sop_uid, _ in series.staged]
-    return Arrival(series.series_uid, series.study_uid, series.patient_id, about, sop_uids)
+            if sop_uid not in known and sop_uid not in sums:  # whoever brought it died before it said so
+                with suppress(FileNotFoundError):  # erased meanwhile, which the catalog finds out
+                    sums[sop_uid] = sha256_of(stores.archive.file(uid, sop_uid))
+    stores.archive.flush(uid)
+    return Arrival(uid, series.study_uid, series.patient_id, about, sop_uids, sums)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.errors import Damaged
 from service.storage.bags import Bags
 from service.storage.index import Effort, SliceIndex, quoted
 from service.storage.indexes import Measured
@@ -58,7 +59,7 @@ def draw_probes(bags: Bags, windows: Sequence[str], contents: dict[EmbeddingKey,
     for key in (draw.choice(keys) for _ in range(QUERIES)):
         try:
             bag = bags.get(key, contents[key])
-        except FileNotFoundError:  # replaced meanwhile
+        except (FileNotFoundError, Damaged):  # replaced meanwhile; or the upkeep finds out
             continue
         number, window = draw.randrange(len(bag)), draw.randrange(bag.shape[1])
         vector = bag[number, window].astype(np.float32)

@@ -112,6 +112,9 @@ class Settings(BaseSettings):
 
     audit_key: SecretStr | None = Field(None, min_length=16, description="signs the audit's entries; unset, unsigned")
     audit_days: float | None = Field(None, gt=0, description="after which entries of the audit go; unset, never")
+    verify_reads: bool = Field(
+        False, description="true compares bags and archived files with their checksums whenever they are read"
+    )
 
     sweep_seconds: float = Field(5.0, gt=0, description="how often work whose message was lost is looked for")
     stale_seconds: float = Field(15.0, gt=0, description="silence after which a worker counts as dead")

@@ -43,12 +43,12 @@ def remove_abandoned(root: Path) -> None:
     """Remove what requests whose process was killed have left."""
     for folder in root.glob(f"{PREFIX}*"):
         with suppress(OSError):  # gone by itself, or locked: its request lives
-            if _age_seconds(folder) > YOUNG_SECONDS:
+            if age_seconds(folder) > YOUNG_SECONDS:
                 with _locked(folder):
                     rmtree(folder, ignore_errors=True)
     for path in (root / "queries").glob("*"):
         with suppress(OSError):
-            if _age_seconds(path) > ABANDONED_SECONDS:
+            if age_seconds(path) > ABANDONED_SECONDS:
                 path.unlink()
 
 
@@ -63,8 +63,11 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _age_seconds(path: Path) -> float:
-    return time.time() - path.stat().st_mtime
+def age_seconds(path: Path) -> float:
+    """Since it was last written; of what is gone nothing."""
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime
+    return 0.0
 
 
 async def receive_files(

@@ -175,6 +175,7 @@ def test_no_byte_of_an_erased_series_is_left_and_the_others_stay(eraser):
         "messages": 2,
         "series": 1,
         "embeddings": 1,
+        "archive_sums": 4,
         "series_tags": 1,
         "pooled": 2,
         "predictions": 1,
@@ -459,6 +460,7 @@ BY_SERIES = {
     "prediction_bags",
     "job_series",
     "embeddings",
+    "archive_sums",
     "export_files",
     "export_series",
 }  # their series_uid

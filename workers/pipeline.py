@@ -27,6 +27,7 @@ from models.load import Encoder, canary
 from models.runtimes import CannotRun
 from models.specs import LicenceForbids, MissingWeights, WrongWeights
 from models.zoo import encoders
+from service.errors import Damaged
 from service.storage.archive import content_of
 from service.storage.keys import EmbeddingKey
 from service.storage.tables import HeadRow, now
@@ -67,7 +68,7 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
         return False
     try:
         return _embed(key, line, worker)
-    except NotFinite as error:
+    except (NotFinite, Damaged) as error:
         catalog.fail(key, "failed", str(error))
     except NotWanted:
         _let_go(key, worker)
@@ -87,7 +88,7 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
 
 def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     stores, started, clock = worker.stores, now(), time.perf_counter()
-    files = stores.archive.files(key.series_uid)
+    files = stores.archive.read_files(key.series_uid)
     content = content_of([path.name for path in files])
     series_key = stores.catalog.series(key.series_uid).series_key
 
@@ -148,7 +149,7 @@ def _train_head(head_id: str, worker: Resources) -> None:
         graph = to_onnx(trained.ensemble, spec.dim)
     except NotWanted:
         return
-    except (TooFewPatients, NotABag) as error:
+    except (TooFewPatients, NotABag, Damaged) as error:
         heads.fail(head_id, str(error))
         return
     except (OSError, OperationalError) as error:

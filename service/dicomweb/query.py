@@ -140,9 +140,9 @@ def _instances(query: Query, stores: Stores, addresses: Addresses) -> Iterator[p
             if not _matches(of_series, _known(each, study)):
                 continue
             if by_uid and by_uid.text != "*":
-                paths = [stores.archive.file(each.series_uid, uid) for uid in sorted(set(by_uid.uids()))]
+                paths = [stores.archive.read_file(each.series_uid, uid) for uid in sorted(set(by_uid.uids()))]
             else:
-                paths = stores.archive.files(each.series_uid)
+                paths = stores.archive.read_files(each.series_uid)
             for path in paths:
                 if path.exists() and (not of_instance or _matches(of_instance, _header(path, query))):
                     yield partial(_instance_item, query, path, each, study, addresses)

@@ -77,7 +77,8 @@ class Kept:
 
 
 def instances(stores: Stores, study_uid: str, series_uid: str | None = None, sop_uid: str | None = None) -> list[Kept]:
-    """A study's instances, or those of one of its series, or one. Raises NotFound of the three kinds."""
+    """A study's instances, or those of one of its series, or one, to be read. Raises NotFound of the three kinds,
+    or Damaged."""
     every = stores.studies.series_uids(study_uid)
     if not every:
         raise StudyNotFound(f"no study {study_uid}")
@@ -85,8 +86,8 @@ def instances(stores: Stores, study_uid: str, series_uid: str | None = None, sop
         raise SeriesNotFound(f"study {study_uid} has no series {series_uid}")
     chosen_series = every if series_uid is None else [series_uid]
     if sop_uid is None:
-        return [Kept(study_uid, each, path) for each in chosen_series for path in stores.archive.files(each)]
-    path = stores.archive.file(chosen_series[0], sop_uid)
+        return [Kept(study_uid, each, path) for each in chosen_series for path in stores.archive.read_files(each)]
+    path = stores.archive.read_file(chosen_series[0], sop_uid)
     if not path.exists():
         raise InstanceNotFound(f"series {series_uid} has no instance {sop_uid}")
     return [Kept(study_uid, chosen_series[0], path)]

@@ -104,7 +104,7 @@ def _document(kind: DicomKind, outcome: Outcome, stores: Stores) -> Dataset:
 
 def _header(stores: Stores, series_uid: str, sop_uid: str) -> Dataset:
     try:
-        return read_header(stores.archive.file(series_uid, sop_uid), also=SOURCE_ELEMENTS)
+        return read_header(stores.archive.read_file(series_uid, sop_uid), also=SOURCE_ELEMENTS)
     except (OSError, NotDicom) as error:
         raise SliceNotFound(f"instance {sop_uid} of series {series_uid} can no longer be read") from error
 

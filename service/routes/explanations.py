@@ -128,7 +128,7 @@ def _heat_map(found: Explained, spot: HeatSpot, made: dict[str, Any]) -> HeatMap
 
 def _picture(answer: HeatMap, window: Window, full: float | None, stores: Stores) -> bytes:
     try:
-        hu = read_hu(stores.archive.file(answer.series_uid, answer.sop_uid), answer.frame)
+        hu = read_hu(stores.archive.read_file(answer.series_uid, answer.sop_uid), answer.frame)
     except UndecodableSlice as error:
         raise SliceNotFound(f"slice {answer.slice} can no longer be read: {error}") from error
     picture = io.BytesIO()

@@ -135,7 +135,7 @@ def get_image(
         raise SliceNotFound(f"no slice {slice_number}, expected 0 to {len(slices) - 1}")
     asked = slices[slice_number]
     try:
-        hu = read_hu(stores.archive.file(series_uid, asked["sop_uid"]), asked["frame"])
+        hu = read_hu(stores.archive.read_file(series_uid, asked["sop_uid"]), asked["frame"])
     except UndecodableSlice as error:
         raise SliceNotFound(f"slice {slice_number} can no longer be read: {error}") from error
     picture = io.BytesIO()

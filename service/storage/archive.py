@@ -2,16 +2,26 @@
 
 import hashlib
 import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from models.durable import fsync_path, remove_tree
+from service.errors import Damaged
+
+# Of a series' instances, or all of them: SHA-256 by SOPInstanceUID, as far as it is known.
+Sums = Callable[[str, Sequence[str] | None], Mapping[str, bytes]]
+
+SHOWN = 20  # damaged files named in the error
 
 
 class Archive:
     """Names come from UIDs that screening has checked; nothing else becomes a path."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, verify_by: Sums | None = None) -> None:
+        """With `verify_by` every file is compared with its checksum whenever it is to be read."""
         self._root = root
+        self._verify_by = verify_by
         root.mkdir(parents=True, exist_ok=True)
 
     def add(self, series_uid: str, sop_uid: str, staged: Path) -> bool:
@@ -33,6 +43,17 @@ class Archive:
             staged.unlink()
         return True
 
+    def mend(self, series_uid: str, sop_uid: str, staged: Path, sha256: bytes) -> None:
+        """Where the file of this instance no longer has the checksum that the staged one has, the staged one is put in
+        its place."""
+        path = self.file(series_uid, sop_uid)
+        if not path.exists() or sha256_of(path) == sha256:
+            return
+        fsync_path(staged)
+        temporary = path.with_name(f".{uuid.uuid4().hex}")
+        os.link(staged, temporary)
+        temporary.replace(path)
+
     def flush(self, series_uid: str) -> None:
         fsync_path(self._root / series_uid)
 
@@ -42,6 +63,27 @@ class Archive:
     def file(self, series_uid: str, sop_uid: str) -> Path:
         return self._root / series_uid / f"{sop_uid}.dcm"
 
+    def read_file(self, series_uid: str, sop_uid: str) -> Path:
+        """The file, to be read. Raises Damaged where reads are verified and it is not what arrived."""
+        path = self.file(series_uid, sop_uid)
+        if self._verify_by and path.exists():
+            self._verify(series_uid, [path], self._verify_by(series_uid, [sop_uid]))
+        return path
+
+    def read_files(self, series_uid: str) -> list[Path]:
+        """As files(), to be read. Raises Damaged as read_file() does."""
+        paths = self.files(series_uid)
+        if self._verify_by:
+            self._verify(series_uid, paths, self._verify_by(series_uid, None))
+        return paths
+
+    def _verify(self, series_uid: str, paths: Sequence[Path], sums: Mapping[str, bytes]) -> None:
+        known = [path for path in paths if path.stem in sums]
+        damaged = [path.stem for path in known if sha256_of(path) != sums[path.stem]]
+        if damaged:
+            found = f"{len(damaged)} of {len(paths)} files are not what arrived (SHA-256)"
+            raise Damaged(f"{found}; send the series again", series_uid=series_uid, sop_uids=damaged[:SHOWN])
+
     def remove(self, series_uid: str) -> None:
         """All of the series, for good."""
         remove_tree(self._root / series_uid)
@@ -50,6 +92,11 @@ class Archive:
         """Digest over which instances are here, which changes when slices come later, and their number."""
         names = [path.name for path in self.files(series_uid)]
         return content_of(names), len(names)
+
+
+def sha256_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def content_of(names: list[str]) -> str:

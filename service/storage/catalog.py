@@ -20,6 +20,7 @@ from service.errors import (
     StudyNotFound,
 )
 from service.storage.archive import Archive
+from service.storage.checksums import note as note_sums
 from service.storage.database import Database, alone
 from service.storage.exports import cancel
 from service.storage.keys import EmbeddingKey
@@ -49,6 +50,7 @@ class Arrival:
     patient_id: str
     about: Mapping[str, Any] = field(default_factory=dict)  # columns of SeriesRow: service/about.py
     sop_uids: Sequence[str] = ()  # what it brought, new or not: all of it must still be in the archive
+    sums: Mapping[str, bytes] = field(default_factory=dict)  # SHA-256 of what the catalog has none of, or another
 
 
 @dataclass(frozen=True)
@@ -392,6 +394,7 @@ def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive,
     elif quiet is None:
         series.whole_at = min(series.whole_at, now())
     session.flush()
+    note_sums(session, arrival.series_uid, arrival.sums)
     embedding = session.get(EmbeddingRow, (arrival.series_uid, encoder_id))
     if embedding is None:
         embedding = EmbeddingRow(series_uid=arrival.series_uid, encoder_id=encoder_id, state="received")

@@ -10,6 +10,7 @@ from service.storage.bags import Bags
 from service.storage.canaries import Canaries
 from service.storage.catalog import Catalog
 from service.storage.chain import Chain
+from service.storage.checksums import Checksums
 from service.storage.cohorts import Cohorts
 from service.storage.contents import ExportContents
 from service.storage.database import Database, upgrade
@@ -21,6 +22,7 @@ from service.storage.health import Health
 from service.storage.heatmaps import HeatMaps
 from service.storage.index import SliceIndex
 from service.storage.indexes import Indexes
+from service.storage.inspection import Inspection
 from service.storage.leases import Leases
 from service.storage.predictions import Predictions
 from service.storage.queries import Queries
@@ -36,7 +38,9 @@ class Stores:
     index: SliceIndex
     indexes: Indexes
     database: Database
+    inspection: Inspection
     catalog: Catalog
+    checksums: Checksums
     cohorts: Cohorts
     studies: Studies
     heads: Heads
@@ -65,14 +69,18 @@ def open_stores(settings: Settings) -> Stores:
     root.mkdir(parents=True, exist_ok=True)
     upgrade(settings.catalog_url, lock_dir=root)
     database = Database(settings.catalog_url)
-    archive, chain = Archive(root / "archive"), Chain(settings.audit_secret)
+    checksums = Checksums(database)
+    archive = Archive(root / "archive", checksums.of if settings.verify_reads else None)
+    chain = Chain(settings.audit_secret)
     return Stores(
         archive=archive,
-        bags=Bags(root / "bags"),
+        bags=Bags(root / "bags", verify=settings.verify_reads),
         index=SliceIndex(root / "index"),
         indexes=Indexes(database),
         database=database,
+        inspection=Inspection(database),
         catalog=Catalog(database, archive),
+        checksums=checksums,
         cohorts=Cohorts(database),
         studies=Studies(database),
         heads=Heads(database),

@@ -105,6 +105,16 @@ class SeriesRow(Row):
         return self.current.error
 
 
+class ArchiveSumRow(Row):
+    """A file of the archive as it arrived."""
+
+    __tablename__ = "archive_sums"
+
+    series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid), primary_key=True)
+    sop_uid: Mapped[str] = mapped_column(primary_key=True)
+    sha256: Mapped[bytes] = mapped_column(LargeBinary)
+
+
 class Work:
     """Columns of anything a worker takes on: who has it, since when, how often it was tried."""
 
