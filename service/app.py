@@ -102,8 +102,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         queue, recorder = Queue(settings, stores), Recorder(stores.audit, settings.audit_days)
         collector = FromStores(stores, queue, settings.data_dir)
         registry.register(collector)
-        sweeper = asyncio.create_task(_sweep_for_ever(queue.sweep, settings.sweep_seconds))
-        eraser = asyncio.create_task(_sweep_for_ever(Eraser(stores, queue, settings).sweep, settings.sweep_seconds))
+        sweeps = queue.sweep, Eraser(stores, queue, settings).sweep, stores.contents.trim
+        sweepers = [asyncio.create_task(_sweep_for_ever(sweep, settings.sweep_seconds)) for sweep in sweeps]
         yield {
             "settings": settings,
             "stores": stores,
@@ -113,8 +113,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "access": Access(stores.api_keys, settings),
             "recorder": recorder,
         }
-        sweeper.cancel()
-        eraser.cancel()
+        for sweeper in sweepers:
+            sweeper.cancel()
         registry.unregister(collector)
         queue.close()
         await run_in_threadpool(recorder.close)

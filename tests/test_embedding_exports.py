@@ -270,16 +270,17 @@ def test_an_erasure_takes_the_names_of_an_export_along(own, settings, tmp_path, 
     put(tmp_path / "GONE-7", stays)
     (tmp_path / "GONE-7" / "GONE-7.txt").write_text("a note")
     embedder(own)
-    export_id = begin(own, tmp_path / "GONE-7")
+    export_id, found = begin(own, tmp_path / "GONE-7"), begin(own, tmp_path / "GONE-7", dry_run=True)
     run(own, settings, export_id)
+    run(own, settings, found)
 
     own.erasures.begin(patient_id="GONE-7")
 
     assert own.exports.get(export_id).uri == "erased:"
     assert aside(own, export_id) == {}
     assert [row.series_uid for row in own.contents.series(export_id)] == [stays.series_uid]
-    assert own.contents.usable_files(export_id, gone.series_uid) == []
-    assert len(own.contents.usable_files(export_id, stays.series_uid)) == 4
+    assert own.contents.usable_files(found, gone.series_uid) == []
+    assert len(own.contents.usable_files(found, stays.series_uid)) == 4
 
 
 def test_a_worker_that_lost_its_export_writes_nothing_more(own):

@@ -439,6 +439,55 @@ def test_the_catalog_on_postgresql_forgets_it_too(stores, tmp_path, broker):
                 assert GONE.patient_id not in str(row) and GONE.series_uid not in str(row), table.name
 
 
+def test_queries_to_a_server_that_ask_for_the_patient_go_and_an_export_that_has_one_ends(eraser):
+    for identity in (GONE, SECOND, STAYS):
+        post(eraser, identity)
+    with eraser.stores.database.write() as session:
+        session.get_one(SeriesRow, GONE.series_uid).accession_number = "QXZ-ACCESSION"
+    theirs = [
+        {"patient_id": GONE.patient_id},
+        {"patient_id": f"*{GONE.patient_id}*", "modality": ""},
+        {"study_uid": GONE.study_uid},
+        {"accession_number": "QXZ-ACCESSION"},
+    ]
+    others = [{"patient_id": STAYS.patient_id}, {"patient_id": "*"}, {"date_from": "20240101"}]
+    ended, under_way, spared, local = (
+        eraser.stores.exports.add(f"{kind}://{number}", ENCODER, {"dry_run": False} | more)[0].export_id
+        for number, (kind, more) in enumerate(
+            [
+                ("dicomweb+https", {"queries": [theirs[0], others[0]], "bad_rows": []}),
+                ("dicomweb+https", {"queries": theirs + others, "bad_rows": []}),
+                ("dicomweb+https", {"queries": others, "bad_rows": []}),
+                ("s3", {}),
+            ]
+        )
+    )
+    assert eraser.stores.exports.claim(ended, "worker", 60, 3)
+    eraser.stores.exports.finish(ended, "worker")
+
+    eraser.patient(GONE.patient_id)
+
+    rows = [eraser.stores.exports.get(each) for each in (ended, under_way, spared, local)]
+    assert [row.options.get("queries") for row in rows] == [[others[0]], others, others, None]
+    assert [row.state for row in rows] == ["done", "cancelled", "received", "received"]
+    marks = [GONE.patient_id.encode(), GONE.study_uid.encode(), b"QXZ-ACCESSION"]
+    assert holding(eraser.settings.data_dir, marks) == set()
+
+
+def test_a_query_for_a_study_of_which_a_series_is_left_stays(eraser):
+    other = Identity(GONE.patient_id, study="1", series="3")
+    for identity in (GONE, other):
+        post(eraser, identity)
+    queries = [{"study_uid": GONE.study_uid}, {"patient_id": GONE.patient_id}]
+    row, _ = eraser.stores.exports.add("dicomweb+https://pacs", ENCODER, {"queries": queries, "bad_rows": []})
+
+    eraser.series(GONE.series_uid)
+    assert eraser.stores.exports.get(row.export_id).options["queries"] == queries
+    eraser.series(other.series_uid)
+
+    assert eraser.stores.exports.get(row.export_id).options["queries"] == []
+
+
 # What says whose data a row is, and where erasures see to it. A new table with such a column fails the test
 # below: add it here once service/storage/erasures.py removes or blanks its rows.
 NAMING = {
@@ -450,6 +499,7 @@ NAMING = {
     "series_key",
     "targets",
     "uri",
+    "options",
     "path",
     "file",
 }

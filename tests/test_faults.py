@@ -3,9 +3,13 @@
 import io
 import os
 import signal
+import sqlite3
 import threading
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -28,6 +32,8 @@ def folder(tmp_path_factory) -> Path:
 def service(folder):
     """A service of this module's own, whose parts are killed."""
     quick = {"KEYSLICE_SWEEP_SECONDS": "0.5", "KEYSLICE_STALE_SECONDS": "4"}
+    exports = {"ROOTS": str(folder / "exports"), "SERIES_AHEAD": "1"}  # one after the other, to be caught among them
+    quick |= {"KEYSLICE_SCAN_PROCESSES": "1"} | {f"KEYSLICE_EXPORT_{name}": value for name, value in exports.items()}
     with in_background(folder, **quick) as running:
         yield running
 
@@ -43,9 +49,10 @@ def child(service: Running, name: str) -> psutil.Process:
     return next(each for each in children if any(name in part for part in each.cmdline()))
 
 
-def kill(service: Running, name: str) -> None:
-    """kill -9 of the part and of everything below it."""
-    os.killpg(child(service, name).pid, signal.SIGKILL)
+def kill(service: Running, *names: str) -> None:
+    """kill -9 of the parts and of everything below them."""
+    for part in [child(service, name) for name in names]:
+        os.killpg(part.pid, signal.SIGKILL)
 
 
 def wait_until_under_way(http: httpx.Client, job: str) -> None:
@@ -67,6 +74,22 @@ def rows(http: httpx.Client, identity: Identity) -> list[tuple[int, str]]:
         body = {**query, "window": window, "filters": {"series_uid": identity.series_uid}}
         found += [(hit["slice"], hit["window"]) for hit in http.post("/v1/search", json=body).json()["hits"]]
     return sorted(found)
+
+
+def once_it_is_back(http: httpx.Client, method: str, path: str, **content: Any) -> httpx.Response:
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return http.request(method, path, **content)
+        except httpx.TransportError:
+            assert time.monotonic() < end, "the API did not come back"
+            time.sleep(0.1)
+
+
+def stored(folder: Path, query: str) -> list[tuple[Any, ...]]:
+    """What the catalog has, asked without anybody's help."""
+    with closing(sqlite3.connect(folder / "catalog.db")) as connection:
+        return connection.execute(query).fetchall()
 
 
 def test_a_worker_killed_in_the_middle_of_a_series_loses_nothing(http, service, folder):
@@ -103,15 +126,63 @@ def test_an_api_that_dies_comes_back_with_everything(http, service):
     embed(http, slice_files(Identity("BEFORE"), count=2))
     kill(service, "uvicorn")
 
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            answer = http.get(f"/v1/series/{Identity('BEFORE').series_uid}")
-            break
-        except httpx.TransportError:
-            time.sleep(0.1)
+    answer = once_it_is_back(http, "GET", f"/v1/series/{Identity('BEFORE').series_uid}")
 
     assert answer.json()["state"] == "indexed"
+
+
+def test_an_export_whose_worker_and_api_are_killed_in_its_scan_and_among_its_series_embeds_each_once(
+    http, service, folder
+):
+    root, headers = folder / "exports" / "killed", 6000
+    many = [Identity(f"EXPORTED-{number}") for number in range(6)]
+    files = [content for identity in many for _, content in slice_files(identity, count=4)]
+    ((_, other),) = slice_files(Identity("MR"), count=1, change=lambda _, dataset: setattr(dataset, "Modality", "MR"))
+    root.mkdir(parents=True)
+    for number, content in enumerate([*files, other]):
+        (root / str(number)).write_bytes(content)
+    for number in range(1, headers):
+        (root / f"MR-{number}").hardlink_to(root / str(len(files)))
+    exported = (
+        "SELECT series_uid, embedded_at FROM embeddings JOIN export_series USING (series_uid) WHERE content <> ''"
+    )
+
+    def ask() -> dict[str, Any]:
+        return once_it_is_back(http, "POST", "/v1/exports", json={"uri": str(root)}).json()
+
+    def kill_where(what: str, reached: Callable[[dict[str, Any]], bool]) -> None:
+        while not reached(export := http.get(path).json()):
+            assert export["state"] in ("received", "queued", "running"), (
+                f"the export was too short to be caught in {what}"
+            )
+            time.sleep(0.02)
+        kill(service, "celery", "uvicorn")
+
+    first = ask()
+    path = f"/v1/exports/{first['export_id']}"
+    kill_where("its scan", lambda export: export["files"] > 0)
+    assert stored(folder, "SELECT scanned_at FROM exports") == [(None,)]
+    ((noted,),) = stored(folder, "SELECT count(*) FROM export_files")
+    second = ask()
+    kill_where("its series", lambda export: export["states"].get("embedded", 0) > 1)
+    before = dict(stored(folder, exported))
+    third = ask()
+    job = wait(http, third["job_id"])
+
+    export, after = http.get(path).json(), dict(stored(folder, exported))
+    assert 0 < noted < len(files) + headers
+    assert 1 < len(before) < len(many) and before.items() <= after.items()  # none of these was embedded again
+    assert [(each["export_id"], each["resumed"]) for each in (second, third)] == [(first["export_id"], True)] * 2
+    assert (job["state"], job["done"], job["states"]) == ("done", 7, {"embedded": 6, "set_aside": 1})
+    assert (export["files"], export["slices"], export["set_aside"]) == (len(files) + headers, 24, {"not_ct": headers})
+    assert stored(folder, "SELECT DISTINCT reason FROM export_files") == [("not_ct",)]
+    assert list((folder / "staging").glob("export-*")) == []
+    (encoder,) = (folder / "bags").iterdir()
+    for identity in many:
+        while http.get(f"/v1/series/{identity.series_uid}").json()["state"] != "indexed":
+            time.sleep(0.1)
+        assert (len(bag(http, identity)), len(list((encoder / identity.series_uid).iterdir()))) == (4, 1)
+        assert rows(http, identity) == [(k, window) for k in range(4) for window in ("abdomen", "lung")]
 
 
 def test_a_decoder_that_dies_takes_no_series_with_it(http, service):

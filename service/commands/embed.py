@@ -25,7 +25,9 @@ def embed(
     as_json: Annotated[bool, typer.Option("--json", help="print the export with all its series as JSON")] = False,
     service: Service = None,
 ) -> None:
-    """Embed an export of a PACS, by the running service or by one of its own; exit status 3 where series failed.
+    """Embed an export of a PACS, by the running service or by one of its own.
+
+    Exit status 3 where series failed or were rejected; what is no slice of a CT is set aside, and is no failure.
 
     Ctrl-C stops it, and the same command goes on where it was.
     """
@@ -37,7 +39,7 @@ def embed(
     if csv and (csv.is_dir() or not csv.absolute().parent.is_dir()):
         fail(f"expected a file in a directory that is there, found {csv}")
     asked = {"uri": named, "encoder": encoder, "dry_run": dry_run, **_asked(query, queries)}
-    own = False
+    own = True  # until a running one has answered
     try:
         with a_service(settings, service, named) as (client, own):
             export = run(client, asked, progress)
@@ -48,14 +50,14 @@ def embed(
     except CannotStart as error:
         fail(str(error), status=1)
     except KeyboardInterrupt:
-        place = "It has stopped" if own else "The service goes on with it"
-        fail(f"{place}; the same command goes on where it is.", status=INTERRUPTED)
+        ended = "Interrupted: the export has stopped" if own else "Interrupted: the service goes on with the export"
+        fail(f"{ended}; the same command goes on where it is.", status=INTERRUPTED)
     if as_json:
         typer.echo(export.model_dump_json(indent=1))
     else:
         console().print(table(export))
         typer.echo("\n".join(summary(export)))
-    if export.states.get("failed") or export.bad_rows:
+    if export.states.keys() & {"failed", "rejected"} or export.bad_rows:
         raise typer.Exit(SOME_FAILED)
 
 

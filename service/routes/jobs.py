@@ -1,6 +1,7 @@
 """Jobs: work that a caller can watch."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter
@@ -63,7 +64,7 @@ def _job(stores: Stores, job_id: str) -> Job:
     if job.head is not None:
         return _training(job_id, job.head)
     if job.export is not None:
-        return _exporting(job_id, job.export)
+        return _exporting(job_id, job.export, stores.contents.states(job.export.export_id))
     series = [
         JobSeries(series_uid=uid, state=row.state, done=row.done, known=row.known or received[uid], error=row.error)
         for uid, row in embeddings.items()
@@ -76,6 +77,7 @@ def _job(stores: Stores, job_id: str) -> Job:
         done=sum(each.done for each in series),
         known=sum(each.known for each in series),
         unit="slices",
+        states=Counter(each.state for each in series),
         series=series,
         head_id=None,
         export_id=None,
@@ -98,6 +100,7 @@ def _training(job_id: str, head: HeadRow) -> Job:
         done=head.done,
         known=head.known,
         unit="epochs",
+        states={},
         series=[],
         head_id=head.head_id,
         export_id=None,
@@ -105,8 +108,12 @@ def _training(job_id: str, head: HeadRow) -> Job:
     )
 
 
-def _exporting(job_id: str, export: ExportRow) -> Job:
-    """Its series are in GET /v1/exports/{export_id}: they may be many. Done, even where some of them failed."""
+def _exporting(job_id: str, export: ExportRow, series_states: Counter[str]) -> Job:
+    """Its series are in GET /v1/exports/{export_id}: they may be many.
+
+    Its state is the export's: done once every series has come to its end, and `states` says how many of them failed;
+    failed where it stopped before that.
+    """
     states: dict[str, JobState] = {"done": "done", "failed": "failed", "cancelled": "cancelled", "running": "running"}
     return Job(
         job_id=job_id,
@@ -116,6 +123,7 @@ def _exporting(job_id: str, export: ExportRow) -> Job:
         done=export.done,
         known=export.known,
         unit="series" if export.scanned_at else "files",
+        states=series_states,
         series=[],
         head_id=None,
         export_id=export.export_id,

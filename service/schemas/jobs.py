@@ -29,7 +29,8 @@ class Job(Schema):
     unit: Literal["slices", "epochs", "files", "series"] = Field(
         description="of an export: files while it is scanned, how many there are being unknown, then series"
     )
-    series: list[JobSeries]
+    states: dict[str, int] = Field({}, description="series of an upload or an export by state")
+    series: list[JobSeries] = Field(description="of an upload")
     head_id: str | None
     export_id: str | None
     error: str | None

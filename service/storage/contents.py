@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, case, func, insert, literal, select, update
+from sqlalchemy import and_, case, delete, func, insert, literal, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -16,6 +16,7 @@ from service.storage.tables import EmbeddingRow, ExportFileRow, ExportRow, Expor
 
 ENDS = {"embedded": "embedded", "indexed": "embedded", "rejected": "rejected", "failed": "failed"}
 PAGE = 500  # rows at a time, where all of them may be many
+TRIMMED_AT_ONCE = 5000  # rows that leave in one transaction: everybody else who writes waits for it
 
 
 class NotHeld(Exception):
@@ -60,7 +61,9 @@ class ExportContents:
             session.execute(insert(ExportSeriesRow).from_select(columns, groups.group_by(ExportFileRow.series_uid)))
             states = _count_states(session, export_id)
             done, known = states["set_aside"], states.total()
-            if not touch(session, export_id, holder, scanned_at=now(), done=done, known=known):
+            files, size = _count_files(session, export_id)
+            counted = {"scanned_at": now(), "done": done, "known": known, "files": files, "bytes": size}
+            if not touch(session, export_id, holder, **counted):
                 raise NotHeld
 
     def next_series(self, export_id: str) -> str | None:
@@ -71,11 +74,8 @@ class ExportContents:
             return row.series_uid if row else None
 
     def usable_files(self, export_id: str, series_uid: str) -> list[ExportFile]:
-        query = select(ExportFileRow).where(
-            ExportFileRow.export_id == export_id,
-            ExportFileRow.series_uid == series_uid,
-            ExportFileRow.reason.is_(None),
-        )
+        """Of a series that has not been handed over."""
+        query = select(ExportFileRow).where(*_used(export_id), ExportFileRow.series_uid == series_uid)
         with self._database.read() as session:
             rows = session.scalars(query.order_by(ExportFileRow.file_key))
             return [ExportFile(row.name, row.size, row.place, row.series_uid) for row in rows]
@@ -91,11 +91,12 @@ class ExportContents:
         error: str | None = None,
     ) -> None:
         """The usable files are archived and their embedding is asked for, or the series has come to its end with this
-        state; and why other files are not used. Raises NotHeld."""
+        state; and why other files are not used. Rows of files that are have served. Raises NotHeld."""
         with self._database.write() as session:
             for file in set_aside:
                 mine = and_(ExportFileRow.export_id == export_id, ExportFileRow.file_key == file.key())
                 session.execute(update(ExportFileRow).where(mine).values(reason=file.reason, detail=file.detail))
+            session.execute(delete(ExportFileRow).where(*_used(export_id), ExportFileRow.series_uid == series_uid))
             row = session.get(ExportSeriesRow, (export_id, series_uid))
             if row:  # else it was erased meanwhile
                 row.state, row.error, row.started_at = state, error, started_at
@@ -121,12 +122,34 @@ class ExportContents:
 
     def totals(self, export_id: str) -> tuple[int, int, int]:
         """Files, bytes, and slices in embeddings."""
-        files = select(func.count(), func.coalesce(func.sum(ExportFileRow.size), 0))
         slices = select(func.coalesce(func.sum(ExportSeriesRow.slices), 0))
         with self._database.read() as session:
-            count, size = session.execute(files.where(ExportFileRow.export_id == export_id)).one()
+            files, size = _counted(session, session.get_one(ExportRow, export_id))
             embedded = session.scalar(slices.where(ExportSeriesRow.export_id == export_id))
-            return int(count), int(size), int(embedded or 0)
+            return files, size, int(embedded or 0)
+
+    def trim(self) -> None:
+        """Remove rows of used files of an export that has ended; what is too much at once, the next call removes.
+
+        One that failed after its scan may go on, and keeps them.
+        """
+        in_its_scan = and_(ExportRow.state == "failed", ExportRow.scanned_at.is_(None))
+        ended = or_(ExportRow.state.in_(("done", "cancelled")), in_its_scan)
+        due = select(ExportRow).where(ended, ExportRow.trimmed.is_(False)).limit(1)
+        with self._database.read() as session:
+            row = session.scalar(due)
+            if row is None:
+                return
+            files, size = _counted(session, row)
+            used = select(ExportFileRow.file_key).where(*_used(row.export_id)).limit(TRIMMED_AT_ONCE)
+            keys = session.scalars(used).all()
+        counted = {"files": func.coalesce(ExportRow.files, files), "bytes": func.coalesce(ExportRow.bytes, size)}
+        trimmed = len(keys) < TRIMMED_AT_ONCE
+        mine = ExportFileRow.export_id == row.export_id, ExportFileRow.file_key.in_(keys)
+        with self._database.write() as session:
+            session.execute(delete(ExportFileRow).where(*mine))
+            changed = update(ExportRow).where(ExportRow.export_id == row.export_id)
+            session.execute(changed.values(**counted, trimmed=trimmed))
 
     def series(self, export_id: str, *, after: str | None = None, limit: int = PAGE) -> list[ExportSeriesRow]:
         """In the order of their UIDs, those behind `after`."""
@@ -175,6 +198,23 @@ class ExportContents:
 
 def _series(export_id: str) -> Any:
     return select(ExportSeriesRow).where(ExportSeriesRow.export_id == export_id)
+
+
+def _used(export_id: str) -> tuple[Any, ...]:
+    return ExportFileRow.export_id == export_id, ExportFileRow.reason.is_(None)
+
+
+def _counted(session: Session, row: ExportRow) -> tuple[int, int]:
+    """Files and bytes of an export."""
+    if row.files is None or row.bytes is None:
+        return _count_files(session, row.export_id)
+    return row.files, row.bytes
+
+
+def _count_files(session: Session, export_id: str) -> tuple[int, int]:
+    query = select(func.count(), func.coalesce(func.sum(ExportFileRow.size), 0))
+    files, size = session.execute(query.where(ExportFileRow.export_id == export_id)).one()
+    return int(files), int(size)
 
 
 def _aside(export_id: str, *columns: Any) -> Any:

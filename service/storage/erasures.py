@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from service.errors import ErasureNotFound, PatientNotFound, SeriesNotFound
 from service.storage.chain import SERVICE, Chain, Event
 from service.storage.database import Database
-from service.storage.exports import forget
+from service.storage.exports import forget, forget_queries
 from service.storage.tables import (
     ErasingSeriesRow,
     ErasureRow,
@@ -79,6 +79,7 @@ class Erasures:
                 session.add(ErasingSeriesRow(series_uid=uid, erasure_id=erasure.erasure_id, holders=holders))
             for some in _parts(uids):
                 forget(session, some, [patient.patient_id for patient in patients])
+            forget_queries(session, _asked_for(session, series, patients))
             erasure.removed = _leave_tables(session, uids)
             session.execute(delete(PatientRow).where(PatientRow.patient_key.in_(gone)))
             self._chain.append(session, [asked])
@@ -244,6 +245,17 @@ def _studies_that_end(session: Session, series: Sequence[SeriesRow]) -> set[str]
     uids, studies = {row.series_uid for row in series}, {row.study_uid for row in series}
     mine = select(SeriesRow.study_uid, SeriesRow.series_uid).where(SeriesRow.study_uid.in_(studies))
     return studies - {study for study, uid in session.execute(mine) if uid not in uids}
+
+
+def _asked_for(session: Session, series: Sequence[SeriesRow], patients: Sequence[PatientRow]) -> dict[str, set[str]]:
+    """By what a query to a server may ask for these patients, and for the studies of which no series is left."""
+    ended = _studies_that_end(session, series)
+    values = {
+        "patient_id": {patient.patient_id for patient in patients},
+        "study_uid": ended,
+        "accession_number": {row.accession_number for row in series if row.study_uid in ended},
+    }
+    return {field: found - {""} for field, found in values.items()}
 
 
 def _without(

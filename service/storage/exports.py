@@ -1,11 +1,11 @@
 """SQL: exports, who works on them and how far they are."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 from urllib.parse import unquote
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import String, cast, delete, select, update
 from sqlalchemy.orm import Session
 
 from service.errors import ExportNotFound
@@ -130,6 +130,22 @@ def forget(session: Session, series_uids: Sequence[str], patient_ids: Sequence[s
         if any(patient_id in unquote(row.uri) for patient_id in patient_ids):
             cancel(session, row)
             row.uri = ERASED
+
+
+def forget_queries(session: Session, asked: Mapping[str, Set[str]]) -> None:
+    """Queries to servers, of any export, that ask for one of these values of a field, with wildcards around it or
+    without: they go, and an export that has one ends."""
+    pulled = select(ExportRow.export_id).where(cast(ExportRow.options, String).contains('"queries"'))
+    for export_id in session.scalars(pulled).all():
+        row = session.get_one(ExportRow, export_id, with_for_update=True)
+        kept = [query for query in row.options["queries"] if not _asks(query, asked)]
+        if len(kept) < len(row.options["queries"]):
+            cancel(session, row)
+            row.options = row.options | {"queries": kept}
+
+
+def _asks(query: Mapping[str, str], asked: Mapping[str, Set[str]]) -> bool:
+    return any(query.get(field, "").strip("*?") in values for field, values in asked.items())
 
 
 def _held(export_id: str, holder: str) -> Any:

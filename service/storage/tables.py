@@ -307,12 +307,18 @@ class ExportRow(Work, Row):
     encoder_id: Mapped[str]
     options: Mapped[dict[str, Any]]  # dry_run: scanned only
     created_at: Mapped[datetime] = mapped_column(default=now)
-    scanned_at: Mapped[datetime | None]  # since when all its files are in export_files
+    scanned_at: Mapped[datetime | None]  # since when all its files are known
     ended_at: Mapped[datetime | None]
+    files: Mapped[int | None]  # all that were found; None while they are counted in export_files
+    bytes: Mapped[int | None] = mapped_column(BigInteger)
+    trimmed: Mapped[bool] = mapped_column(default=False)  # it has ended, and no row of a used file is left
 
 
 class ExportFileRow(Row):
-    """A file of an export, as the scan found it: of which series, or why it is not used."""
+    """A file of an export, as the scan found it: of which series, or why it is not used.
+
+    The row of a file that is used goes when its series is handed over, or soon after the export has ended.
+    """
 
     __tablename__ = "export_files"
 
