@@ -15,7 +15,7 @@ KeysliceError
 │   ├── BadQuery
 │   └── BadDicomWeb          UnsupportedMedia, NotAcceptable
 ├── Conflict
-│   ├── NotEmbeddedYet, NotIndexedYet, BagGone
+│   ├── NotEmbeddedYet, NotIndexedYet, BagGone, NotFailed
 │   ├── HeadNotReady, HeadsDiffer
 │   ├── OtherEncoder
 │   ├── BeingErased
@@ -171,6 +171,10 @@ class Conflict(KeysliceError):
 
 class NotEmbeddedYet(Conflict):
     """The series is still on its way."""
+
+
+class NotFailed(Conflict):
+    """There is nothing to try again."""
 
 
 class NotIndexedYet(Conflict):

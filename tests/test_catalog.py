@@ -11,6 +11,7 @@ import pytest
 from models.health import BagHealth
 from service.errors import NotEmbeddedYet, OtherEncoder, PatientNotFound, SeriesNotFound
 from service.storage.catalog import Arrival, Quiet
+from service.storage.cohorts import CohortFilter
 from service.storage.indexes import Indexed
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
@@ -192,7 +193,7 @@ def test_many_uploads_of_a_new_series_at_once_make_one_row(stores):
         thread.join()
 
     assert errors == []
-    listed = stores.catalog.list_series(patient_id=None, study_uid=None, state=None, after=None, limit=10)
+    listed = stores.cohorts.series(CohortFilter(), limit=10)
     assert [row.series_uid for row in listed] == ["1.2.3"]
 
 

@@ -21,6 +21,7 @@ from service.schemas.exports import (
     ExportPage,
     ExportRequest,
     ExportSeries,
+    ExportSeriesState,
     ExportSummary,
 )
 from service.storage.stores import Stores
@@ -54,6 +55,18 @@ def post_export(
     return ExportAccepted.model_validate({**_columns(row), "resumed": resumed})
 
 
+@router.post("/{export_id}/retry", status_code=202, dependencies=[needs("write")])
+def retry_export(
+    export_id: Text, stores: StoresDep, settings: SettingsDep, queue: QueueDep, encoders: EncodersDep
+) -> ExportAccepted:
+    """The same as posting what this export was asked for again: what is not embedded is tried."""
+    earlier = stores.exports.get(export_id)
+    uri = checked_uri(earlier.uri, settings.export_roots)
+    row, resumed = stores.exports.add(uri, encoders.id(earlier.encoder_id), earlier.options)
+    queue.export(row.export_id)
+    return ExportAccepted.model_validate({**_columns(row), "resumed": resumed})
+
+
 @router.get("", dependencies=[needs("read")])
 def list_exports(stores: StoresDep, cursor: Cursor = None, limit: Limit = 100) -> ExportPage:
     """The exports here, in the order of their ids."""
@@ -66,6 +79,7 @@ def list_exports(stores: StoresDep, cursor: Cursor = None, limit: Limit = 100) -
 def get_export(
     export_id: Text,
     stores: StoresDep,
+    state: Annotated[ExportSeriesState | None, Query(description="of the series listed")] = None,
     cursor: Cursor = None,
     limit: Limit = 100,
     accept: Annotated[str, Header()] = "application/json",
@@ -74,7 +88,7 @@ def get_export(
     row = stores.exports.get(export_id)
     if CSV in accept:
         return _table(row, stores)
-    rows = stores.contents.series(export_id, after=cursor, limit=limit + 1)
+    rows = stores.contents.series(export_id, state=state, after=cursor, limit=limit + 1)
     reasons = stores.contents.reasons(export_id, [each.series_uid for each in rows])
     page = [_series(each, reasons[each.series_uid]) for each in rows[:limit]]
     files, size, slices = stores.contents.totals(export_id)

@@ -1,23 +1,38 @@
 """Jobs: work that a caller can watch."""
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
 
 from service.deps import StoresDep, needs
 from service.schemas.base import Text
-from service.schemas.jobs import Job, JobSeries, JobState
+from service.schemas.jobs import Job, JobKind, JobPage, JobSeries, JobState, JobSummary
+from service.storage.jobs import Progress
 from service.storage.stores import Stores
-from service.storage.tables import ExportRow, HeadRow
+from service.storage.tables import ExportRow, HeadRow, JobRow
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 POLL_SECONDS = 0.5
 ENDED = ("done", "failed", "cancelled")
+
+
+@router.get("", dependencies=[needs("read")])
+def list_jobs(
+    stores: StoresDep,
+    kind: Annotated[JobKind | None, Query()] = None,
+    unfinished: Annotated[bool, Query(description="only those that have not come to their end")] = False,
+    cursor: Annotated[Text | None, Query(description="next_cursor of the page before")] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+) -> JobPage:
+    """Uploads, trainings and exports, the newest first."""
+    found = stores.jobs.list(kind=kind, unfinished=unfinished, after=cursor, limit=limit + 1)
+    page = [_summary(each) for each in found[:limit]]
+    return JobPage(jobs=page, next_cursor=page[-1].job_id if len(found) > limit else None)
 
 
 @router.get("/{job_id}", dependencies=[needs("read")])
@@ -60,81 +75,93 @@ def cancel_job(job_id: Text, stores: StoresDep) -> Job:
 
 
 def _job(stores: Stores, job_id: str) -> Job:
-    job, embeddings, received = stores.catalog.job(job_id)
-    if job.head is not None:
-        return _training(job_id, job.head)
-    if job.export is not None:
-        return _exporting(job_id, job.export, stores.contents.states(job.export.export_id))
+    progress = stores.jobs.get(job_id)
+    embeddings = [] if progress.job.head_id or progress.job.export else stores.jobs.series(job_id)
     series = [
-        JobSeries(series_uid=uid, state=row.state, done=row.done, known=row.known or received[uid], error=row.error)
-        for uid, row in embeddings.items()
+        JobSeries(
+            series_uid=row.series_uid, state=row.state, done=row.done, known=row.known or received, error=row.error
+        )
+        for row, received in embeddings
     ]
-    return Job(
+    return Job(**vars(_summary(progress)), series=series)
+
+
+def _summary(progress: Progress) -> JobSummary:
+    if progress.job.head is not None:
+        return _training(progress.job, progress.job.head)
+    if progress.job.export is not None:
+        return _exporting(progress, progress.job.export)
+    job_id, state = progress.job.job_id, _overall(progress)
+    return JobSummary(
         job_id=job_id,
         kind="embed",
-        state=_overall([each.state for each in series], cancelled=job.cancelled_at is not None),
-        created_at=job.created_at,
-        done=sum(each.done for each in series),
-        known=sum(each.known for each in series),
+        state=state,
+        created_at=progress.job.created_at,
+        ended_at=(progress.touched_at or progress.job.created_at) if state in ENDED else None,
+        done=progress.done,
+        known=progress.known,
         unit="slices",
-        states=Counter(each.state for each in series),
-        series=series,
+        states=progress.states,
         head_id=None,
         export_id=None,
+        name=None,
+        subject=f"/v1/jobs/{job_id}",
         error=None,
     )
 
 
-def _training(job_id: str, head: HeadRow) -> Job:
+def _training(job: JobRow, head: HeadRow) -> JobSummary:
     states: dict[str, JobState] = {
         "ready": "done",
         "failed": "failed",
         "cancelled": "cancelled",
         "training": "running",
     }
-    return Job(
-        job_id=job_id,
+    state = states.get(head.state, "waiting")
+    return JobSummary(
+        job_id=job.job_id,
         kind="train",
-        state=states.get(head.state, "waiting"),
-        created_at=head.created_at,
+        state=state,
+        created_at=job.created_at,
+        ended_at=head.touched_at if state in ENDED else None,
         done=head.done,
         known=head.known,
         unit="epochs",
         states={},
-        series=[],
         head_id=head.head_id,
         export_id=None,
+        name=f"{head.name}@{head.version}",
+        subject=f"/v1/heads/{head.head_id}",
         error=head.error,
     )
 
 
-def _exporting(job_id: str, export: ExportRow, series_states: Counter[str]) -> Job:
-    """Its series are in GET /v1/exports/{export_id}: they may be many.
-
-    Its state is the export's: done once every series has come to its end, and `states` says how many of them failed;
-    failed where it stopped before that.
-    """
+def _exporting(progress: Progress, export: ExportRow) -> JobSummary:
+    """Its series are in GET /v1/exports/{export_id}: they may be many. Done, even where some of them failed."""
     states: dict[str, JobState] = {"done": "done", "failed": "failed", "cancelled": "cancelled", "running": "running"}
-    return Job(
-        job_id=job_id,
+    return JobSummary(
+        job_id=export.job_id,
         kind="export",
         state=states.get(export.state, "waiting"),
         created_at=export.created_at,
+        ended_at=export.ended_at,
         done=export.done,
         known=export.known,
         unit="series" if export.scanned_at else "files",
-        states=series_states,
-        series=[],
+        states=progress.states,
         head_id=None,
         export_id=export.export_id,
+        name=export.uri,
+        subject=f"/v1/exports/{export.export_id}",
         error=export.error,
     )
 
 
-def _overall(states: list[str], cancelled: bool) -> JobState:
+def _overall(progress: Progress) -> JobState:
     """Done when every series can be searched or was rejected; failed when one failed and none is open."""
-    if all(state in ("indexed", "rejected", "failed") for state in states):
-        if cancelled:
-            return "cancelled"
-        return "failed" if "failed" in states else "done"
-    return "waiting" if all(state in ("received", "queued") for state in states) else "running"
+    states = set(progress.states)
+    if states <= {"indexed", "rejected", "failed"}:
+        if "failed" not in states:
+            return "done"
+        return "failed" if progress.job.cancelled_at is None else "cancelled"
+    return "waiting" if states <= {"received", "queued"} else "running"

@@ -16,7 +16,8 @@ from service.errors import BadQuery, NotEmbeddedYet, SliceNotFound, WindowNotFou
 from service.intake import Intake, take_in
 from service.queue import Queue
 from service.schemas.base import Text
-from service.schemas.series import FileSetAside, Series, SeriesPage, SeriesReceived, State, UploadReceived
+from service.schemas.cohorts import SeriesQuery
+from service.schemas.series import FileSetAside, Series, SeriesPage, SeriesReceived, UploadReceived
 from service.storage.bags import slices_of
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
@@ -84,24 +85,27 @@ def complete_series(series_uid: Text, stores: StoresDep, queue: QueueDep) -> Ser
     return Series.model_validate(stores.catalog.series(series_uid))
 
 
+@router.post("/{series_uid}/retry", status_code=202, dependencies=[needs("write")])
+def retry_series(series_uid: Text, stores: StoresDep, queue: QueueDep) -> Series:
+    """Embed a series that failed once more, from its files in the archive."""
+    queue.embed([stores.catalog.retry(series_uid)])
+    return Series.model_validate(stores.catalog.series(series_uid))
+
+
 @router.get("", dependencies=[needs("read")])
-def list_series(
-    stores: StoresDep,
-    shown: ShownDep,
-    patient_id: Annotated[Text | None, Query()] = None,
-    study_uid: Annotated[Text | None, Query()] = None,
-    state: Annotated[State | None, Query()] = None,
-    cursor: Annotated[Text | None, Query(description="next_cursor of the page before")] = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> SeriesPage:
+def list_series(query: Annotated[SeriesQuery, Query()], stores: StoresDep, shown: ShownDep) -> SeriesPage:
     """The series here, in the order of their UIDs."""
-    rows = stores.catalog.list_series(
-        patient_id=patient_id, study_uid=study_uid, state=state, after=cursor, limit=limit + 1
+    rows = stores.cohorts.series(
+        query.chosen(),
+        words=query.text.split(),
+        tags=query.tag,
+        state=query.state,
+        after=query.cursor,
+        limit=query.limit + 1,
     )
-    more = len(rows) > limit
-    page = [Series.model_validate(row) for row in rows[:limit]]
+    page = [Series.model_validate(row) for row in rows[: query.limit]]
     shown.series(each.series_uid for each in page)
-    return SeriesPage(series=page, next_cursor=page[-1].series_uid if more else None)
+    return SeriesPage(series=page, next_cursor=page[-1].series_uid if len(rows) > query.limit else None)
 
 
 @router.get("/{series_uid}", dependencies=[needs("read")])
@@ -158,11 +162,11 @@ def _window(name: str, low: int | None, high: int | None) -> Window:
 def _ask(intake: Intake, stores: Stores, queue: Queue) -> UploadReceived:
     """Send for the embeddings of what was taken in, and tell the sender."""
     queue.embed(stores.catalog.waiting(intake.job_id))
-    _, embeddings, _ = stores.catalog.job(intake.job_id)
+    states = {row.series_uid: row.state for row, _ in stores.jobs.series(intake.job_id)}
     received = [
         SeriesReceived(
             series_uid=each.series_uid,
-            state=embeddings[each.series_uid].state,
+            state=states[each.series_uid],
             received=each.received,
             duplicates=each.duplicates,
             set_aside=[FileSetAside.model_validate(file) for file in each.set_aside],

@@ -14,6 +14,7 @@ from service.errors import (
     BeingErased,
     JobNotFound,
     NotEmbeddedYet,
+    NotFailed,
     OtherEncoder,
     PatientNotFound,
     SeriesNotFound,
@@ -107,6 +108,18 @@ class Catalog:
                 raise SeriesNotFound(f"no series {series_uid}")
             series.whole_at = min(series.whole_at, now())
             return [EmbeddingKey(series_uid, row.encoder_id) for row in series.embeddings if row.state == "received"]
+
+    def retry(self, series_uid: str) -> EmbeddingKey:
+        """The embedding last asked for failed, and waits for a message again. Raises SeriesNotFound or NotFailed."""
+        with self._database.write() as session:
+            series = session.get(SeriesRow, series_uid, with_for_update={"of": SeriesRow})
+            if series is None:
+                raise SeriesNotFound(f"no series {series_uid}")
+            row = series.current
+            if row.state != "failed":
+                raise NotFailed(f"series {series_uid} is {row.state}, expected failed", state=row.state)
+            row.state, row.attempts, row.error, row.touched_at = "received", 0, None, now()
+            return EmbeddingKey(series_uid, row.encoder_id)
 
     def abandon(self, series_uid: str) -> None:
         """Remove what an upload archived and could not note, where there is no such series."""
@@ -226,25 +239,6 @@ class Catalog:
             raise SeriesNotFound(f"no series {series_uid}")
         return row
 
-    def list_series(
-        self, *, patient_id: str | None, study_uid: str | None, state: str | None, after: str | None, limit: int
-    ) -> list[SeriesRow]:
-        """Series in the order of their UIDs, those behind `after`."""
-        query = select(SeriesRow).join(SeriesRow.patient).order_by(SeriesRow.series_uid).limit(limit)
-        if patient_id is not None:
-            query = query.where(PatientRow.patient_id == patient_id)
-        if study_uid is not None:
-            query = query.where(SeriesRow.study_uid == study_uid)
-        if state is not None:
-            current = and_(
-                EmbeddingRow.series_uid == SeriesRow.series_uid, EmbeddingRow.encoder_id == SeriesRow.encoder_id
-            )
-            query = query.join(EmbeddingRow, current).where(EmbeddingRow.state == state)
-        if after is not None:
-            query = query.where(SeriesRow.series_uid > after)
-        with self._database.read() as session:
-            return list(session.scalars(query).unique())
-
     def embedding(self, series_uid: str, encoder_id: str) -> EmbeddingRow:
         """The committed embedding. Raises SeriesNotFound, NotEmbeddedYet or OtherEncoder."""
         with self._database.read() as session:
@@ -336,19 +330,6 @@ class Catalog:
                 row.error, row.holder, row.touched_at = CANCELLED, None, now()
             if stopped:
                 job.cancelled_at = now()
-
-    def job(self, job_id: str) -> tuple[JobRow, dict[str, EmbeddingRow], dict[str, int]]:
-        """A job with its series' embeddings and how many slices each has in the archive."""
-        with self._database.read() as session:
-            job = session.get(JobRow, job_id)
-            if job is None:
-                raise JobNotFound(f"no job {job_id}")
-            rows = {row.series_uid: row for row in session.scalars(_of_job(job_id).order_by(EmbeddingRow.series_uid))}
-            archived = select(SeriesRow.series_uid, SeriesRow.received).join(
-                JobSeriesRow, JobSeriesRow.series_uid == SeriesRow.series_uid
-            )
-            received = dict(session.execute(archived.where(JobSeriesRow.job_id == job_id)).tuples().all())
-        return job, rows, received
 
     def last_embedded_at(self) -> Any:
         with self._database.read() as session:

@@ -1,17 +1,18 @@
-"""SQL: the committed embeddings of a cohort, by what the catalog knows of their series."""
+"""SQL: cohorts, by what the catalog knows of their series: the series, and their committed embeddings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Select, func, or_, select
+from sqlalchemy import ColumnElement, Select, func, or_, select
 
 from service.storage.database import Database
 from service.storage.keys import EmbeddingKey
-from service.storage.tables import EmbeddingRow, PatientRow, SeriesRow
+from service.storage.tables import EmbeddingRow, PatientRow, SeriesRow, SeriesTagRow
 
 PAGE = 500  # series of one query
 COUNTED = 10_000  # of a query for nothing but their sizes
 MODEL = "00081090"  # ManufacturerModelName, as SeriesRow.header names it
+DESCRIPTIONS = ("0008103E", "00081030", MODEL, "00181030")  # of series and study, and ProtocolName
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,34 @@ class Member:
 class Cohorts:
     def __init__(self, database: Database) -> None:
         self._database = database
+
+    def series(
+        self,
+        chosen: CohortFilter,
+        *,
+        words: Sequence[str] = (),
+        tags: Sequence[str] = (),
+        state: str | None = None,
+        after: str | None = None,
+        limit: int,
+    ) -> list[SeriesRow]:
+        """Series, embedded or not, in the order of their UIDs, those behind `after`.
+
+        Every word is in some text that is known of it, every tag is one of its own, and `state` is that of the
+        embedding last asked for.
+        """
+        query = select(SeriesRow).join(SeriesRow.patient).where(*_conditions(chosen), *map(_says, words))
+        for tag in tags:
+            query = query.where(SeriesRow.series_uid.in_(_tagged().where(SeriesTagRow.tag == tag)))
+        if state is not None:
+            current = (EmbeddingRow.series_uid == SeriesRow.series_uid) & (
+                EmbeddingRow.encoder_id == SeriesRow.encoder_id
+            )
+            query = query.join(EmbeddingRow, current).where(EmbeddingRow.state == state)
+        if after is not None:
+            query = query.where(SeriesRow.series_uid > after)
+        with self._database.read() as session:
+            return list(session.scalars(query.order_by(SeriesRow.series_uid).limit(limit)).unique())
 
     def size(self, chosen: CohortFilter, encoder_id: str) -> tuple[int, int]:
         """How many series, and slices of them, are embedded."""
@@ -111,12 +140,16 @@ def model_of(series: SeriesRow) -> str:
 
 def _chosen(chosen: CohortFilter, encoder_id: str) -> Select[SeriesRow, EmbeddingRow]:
     embedded = (EmbeddingRow.series_uid == SeriesRow.series_uid) & (EmbeddingRow.encoder_id == encoder_id)
-    query = (
+    return (
         select(SeriesRow, EmbeddingRow)
         .join(EmbeddingRow, embedded)
         .join(PatientRow, PatientRow.patient_key == SeriesRow.patient_key)
-        .where(EmbeddingRow.content.is_not(None))
+        .where(EmbeddingRow.content.is_not(None), *_conditions(chosen))
     )
+
+
+def _conditions(chosen: CohortFilter) -> list[ColumnElement[bool]]:
+    found: list[ColumnElement[bool]] = []
     lists = (
         (PatientRow.patient_id, chosen.patient_id),
         (SeriesRow.study_uid, chosen.study_uid),
@@ -124,7 +157,7 @@ def _chosen(chosen: CohortFilter, encoder_id: str) -> Select[SeriesRow, Embeddin
     )
     for column, values in lists:
         if values:
-            query = query.where(or_(*(column.in_(values[k : k + PAGE]) for k in range(0, len(values), PAGE))))
+            found.append(or_(*(column.in_(values[k : k + PAGE]) for k in range(0, len(values), PAGE))))
     texts = (
         (SeriesRow.modality, chosen.modality),
         (SeriesRow.body_part, chosen.body_part),
@@ -133,11 +166,33 @@ def _chosen(chosen: CohortFilter, encoder_id: str) -> Select[SeriesRow, Embeddin
     )
     for text_column, text in texts:
         if text is not None:
-            query = query.where(func.upper(text_column) == text.upper())
+            found.append(func.upper(text_column) == text.upper())
     if chosen.date_from is not None:
-        query = query.where(SeriesRow.study_date >= chosen.date_from)
+        found.append(SeriesRow.study_date >= chosen.date_from)
     if chosen.date_to is not None:
-        query = query.where(SeriesRow.study_date <= chosen.date_to, SeriesRow.study_date != "")
+        found += [SeriesRow.study_date <= chosen.date_to, SeriesRow.study_date != ""]
     if chosen.verdict is not None:
-        query = query.where(SeriesRow.verdict["status"].as_string() == chosen.verdict)
-    return query
+        found.append(SeriesRow.verdict["status"].as_string() == chosen.verdict)
+    return found
+
+
+def _says(word: str) -> ColumnElement[bool]:
+    """Somewhere in what is known of a series, whatever its case (SQLite: that of ASCII)."""
+    columns = (
+        PatientRow.patient_id,
+        SeriesRow.series_uid,
+        SeriesRow.study_uid,
+        SeriesRow.accession_number,
+        SeriesRow.study_date,
+        SeriesRow.modality,
+        SeriesRow.body_part,
+        SeriesRow.manufacturer,
+        SeriesRow.kernel,
+        *(SeriesRow.header[(tag, "Value", 0)].as_string() for tag in DESCRIPTIONS),
+    )
+    tagged = _tagged().where(SeriesTagRow.tag.icontains(word, autoescape=True))
+    return or_(*(column.icontains(word, autoescape=True) for column in columns), SeriesRow.series_uid.in_(tagged))
+
+
+def _tagged() -> Select[str]:
+    return select(SeriesTagRow.series_uid)

@@ -151,9 +151,13 @@ class ExportContents:
             changed = update(ExportRow).where(ExportRow.export_id == row.export_id)
             session.execute(changed.values(**counted, trimmed=trimmed))
 
-    def series(self, export_id: str, *, after: str | None = None, limit: int = PAGE) -> list[ExportSeriesRow]:
+    def series(
+        self, export_id: str, *, state: str | None = None, after: str | None = None, limit: int = PAGE
+    ) -> list[ExportSeriesRow]:
         """In the order of their UIDs, those behind `after`."""
         query = _series(export_id).order_by(ExportSeriesRow.series_uid).limit(limit)
+        if state is not None:
+            query = query.where(ExportSeriesRow.state == state)
         if after is not None:
             query = query.where(ExportSeriesRow.series_uid > after)
         with self._database.read() as session:

@@ -81,6 +81,7 @@ class Heads:
                 return
             row.weights, row.graph, row.report = weights, graph, report
             row.state, row.holder, row.error, row.done = "ready", None, None, row.known
+            row.touched_at = now()
             others = exists().where(HeadRow.name == row.name, HeadRow.promoted)
             row.promoted = not session.scalar(select(others))
             _forget_networks(session, head_id)
@@ -104,7 +105,7 @@ class Heads:
         with self._database.write() as session:
             row = session.get_one(HeadRow, head_id)
             if row.state != "cancelled":
-                row.state, row.error, row.holder = "failed", error, None
+                row.state, row.error, row.holder, row.touched_at = "failed", error, None, now()
             _forget_networks(session, head_id)
 
     def networks(self, head_id: str, bags: str) -> "KeptNetworks":

@@ -23,6 +23,7 @@ from service.storage.heatmaps import HeatMaps
 from service.storage.index import SliceIndex
 from service.storage.indexes import Indexes
 from service.storage.inspection import Inspection
+from service.storage.jobs import Jobs
 from service.storage.leases import Leases
 from service.storage.predictions import Predictions
 from service.storage.queries import Queries
@@ -54,6 +55,7 @@ class Stores:
     selection: Selection
     tags: Tags
     queries: Queries
+    jobs: Jobs
     exports: Exports
     contents: ExportContents
     api_keys: ApiKeys
@@ -94,6 +96,7 @@ def open_stores(settings: Settings) -> Stores:
         selection=Selection(database),
         tags=Tags(database),
         queries=Queries(settings.staging_dir / "queries"),
+        jobs=Jobs(database),
         exports=Exports(database),
         contents=ExportContents(database),
         api_keys=ApiKeys(database, chain),

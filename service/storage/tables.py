@@ -281,17 +281,19 @@ class JobRow(Row):
     job_id: Mapped[str] = mapped_column(primary_key=True)
     created_at: Mapped[datetime] = mapped_column(default=now)
     cancelled_at: Mapped[datetime | None]
-    head_id: Mapped[str | None] = mapped_column(ForeignKey(HeadRow.head_id))
+    head_id: Mapped[str | None] = mapped_column(ForeignKey(HeadRow.head_id), index=True)
 
     head: Mapped[HeadRow | None] = relationship(lazy="joined")
     export: Mapped["ExportRow | None"] = relationship(lazy="joined", uselist=False)
+
+    __table_args__ = (Index("ix_jobs_created_at", "created_at", "job_id"),)
 
 
 class JobSeriesRow(Row):
     __tablename__ = "job_series"
 
     job_id: Mapped[str] = mapped_column(ForeignKey(JobRow.job_id), primary_key=True)
-    series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid), primary_key=True)
+    series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid), primary_key=True, index=True)
     encoder_id: Mapped[str]
 
 
