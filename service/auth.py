@@ -20,12 +20,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import errors
 from service.allowance import Allowance
 from service.local import from_elsewhere, names_loopback
+from service.routes import page
 from service.settings import Settings, is_loopback
 from service.storage import api_keys
 from service.storage.api_keys import ApiKeys, read_token
 from service.storage.tables import ApiKeyRow
 
-PAGE = ("/", "/page.css", "/page.js")
+PAGE = ("/", *(f"/{name}" for name in page.FILES))
 SCHEMA = ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 PUBLIC = frozenset({*PAGE, *SCHEMA, "/healthz", "/readyz"})
 READ_SECONDS = 1.0  # after which keys are read again: as long a revoked one may still be used

@@ -1,4 +1,4 @@
-"""The web page, in three files."""
+"""The web page, in a few files."""
 
 from pathlib import Path
 
@@ -8,6 +8,8 @@ from fastapi.responses import FileResponse
 router = APIRouter(include_in_schema=False)
 
 WEB = Path(__file__).resolve().parent.parent / "web"
+PARTS = ("elements", "calls", "uploads", "cohort", "jobs", "viewer")  # ES modules that page.js puts together
+FILES = ("page.css", "page.js", *(f"{part}.js" for part in PARTS))
 
 # Nothing from elsewhere, no script in the markup: what a patient's name might hold is never run.
 HEADERS = {
@@ -21,11 +23,11 @@ def get_page() -> FileResponse:
     return FileResponse(WEB / "index.html", headers=HEADERS)
 
 
-@router.get("/page.css")
-def get_style() -> FileResponse:
-    return FileResponse(WEB / "page.css", headers=HEADERS)
+def _serve(name: str) -> None:
+    @router.get(f"/{name}")
+    def get_file() -> FileResponse:
+        return FileResponse(WEB / name, headers=HEADERS)
 
 
-@router.get("/page.js")
-def get_script() -> FileResponse:
-    return FileResponse(WEB / "page.js", headers=HEADERS)
+for name in FILES:
+    _serve(name)
