@@ -57,13 +57,19 @@ def post_export(
 
 @router.post("/{export_id}/retry", status_code=202, dependencies=[needs("write")])
 def retry_export(
-    export_id: Text, stores: StoresDep, settings: SettingsDep, queue: QueueDep, encoders: EncodersDep
+    export_id: Text,
+    stores: StoresDep,
+    settings: SettingsDep,
+    queue: QueueDep,
+    encoders: EncodersDep,
+    shown: ShownDep,
 ) -> ExportAccepted:
     """The same as posting what this export was asked for again: what is not embedded is tried."""
     earlier = stores.exports.get(export_id)
     uri = checked_uri(earlier.uri, settings.export_roots)
     row, resumed = stores.exports.add(uri, encoders.id(earlier.encoder_id), earlier.options)
     queue.export(row.export_id)
+    shown.about(export=row.export_id)
     return ExportAccepted.model_validate({**_columns(row), "resumed": resumed})
 
 
