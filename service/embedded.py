@@ -106,7 +106,7 @@ def up(settings: Settings) -> None:
         ):
             shutil.rmtree(settings.staging_dir, ignore_errors=True)  # uploads that a dead API left behind
             _calibrate(settings, data_dir)
-            _supervise(_children(settings, data_dir, Path(run_dir)), f"http://{settings.host}:{settings.port}")
+            _supervise(parts(settings, data_dir, Path(run_dir)), f"http://{settings.host}:{settings.port}")
     except Timeout as error:
         raise CannotStart(f"another keyslice is up on {data_dir}") from error
 
@@ -137,7 +137,7 @@ def in_background(data_dir: Path, host: str = "127.0.0.1", port: int = 0, **envi
 
     Takes a free port where the one given is taken. Its log is keyslice.log in the data directory.
     """
-    port = _free_port(host, port)
+    port = free_port(host, port)
     data_dir.mkdir(parents=True, exist_ok=True)
     ours = {"KEYSLICE_DATA_DIR": str(data_dir), "KEYSLICE_HOST": host, "KEYSLICE_PORT": str(port)}
     with (data_dir / "keyslice.log").open("ab") as output:
@@ -165,7 +165,7 @@ def _wait_until_ready(running: Running) -> None:
     raise CannotStart(f"the service was not ready after {READY_SECONDS:.0f} s; see keyslice.log in its data directory")
 
 
-def _free_port(host: str, wanted: int) -> int:
+def free_port(host: str, wanted: int) -> int:
     """The port wanted where it is free, else another one."""
     for port in (wanted, 0):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -175,8 +175,8 @@ def _free_port(host: str, wanted: int) -> int:
     raise CannotStart(f"no free port on {host}")
 
 
-def _children(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:
-    """In the order of their start; they stop in the other order."""
+def parts(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:
+    """The service's processes in the order of their start; they stop in the other order."""
     environment = os.environ | {
         "KEYSLICE_DATA_DIR": str(data_dir),
         "KEYSLICE_WEIGHTS_DIR": str(settings.weights_path.resolve()),
