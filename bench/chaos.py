@@ -76,7 +76,11 @@ class Disturbed:
         self.settings = settings
         children = parts(settings, data, run_dir)
         (worker,) = [each for each in children if each.name == "worker"]
-        self.children = [*children, replace(worker, name="worker 2")]
+        self._log = (data / "keyslice.log").open("ab")
+        self.children = [
+            replace(each, output=self._log, environment=each.environment | QUICK)
+            for each in (*children, replace(worker, name="worker 2"))
+        ]
         self._over = threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True)
 
@@ -91,6 +95,7 @@ class Disturbed:
         self._keeper.join()
         for child in reversed(self.children):
             child.stop()
+        self._log.close()
 
     def _keep(self) -> None:
         while not self._over.wait(0.2):
@@ -124,12 +129,11 @@ def run(folder: Path, count: int, seconds: float, dice: random.Random) -> tuple[
         data = folder / "disk" / "data"
         with console.status("disturbed"):
             port = free_port("127.0.0.1", 0)
-            os.environ.update(QUICK, KEYSLICE_WEIGHTS_DIR=weights)
-            settings = Settings(data_dir=data, port=port)
+            settings = Settings(data_dir=data, port=port, weights_dir=Path(weights))
             data.mkdir(parents=True)
             with Disturbed(settings, data, Path(run_dir)) as service:
                 counts = disturb(service, f"http://127.0.0.1:{port}", names, seconds, full, dice)
-        with console.status("started once more"), in_background(data) as running:
+        with console.status("started once more"), in_background(data, KEYSLICE_WEIGHTS_DIR=weights) as running:
             wait_until_indexed(running.address, count)
         found = compare(folder / "calm", data, names, sum(n for kind, n in counts.items() if kind.startswith("kill")))
     return found, counts

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import httpx
 from filelock import FileLock, Timeout
@@ -48,6 +49,7 @@ class Child:
     name: str
     command: list[str]
     environment: dict[str, str]
+    output: IO[bytes] | None = None  # where it writes; where we do if None
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     wait: float = 0.0  # seconds before the next start
@@ -57,6 +59,8 @@ class Child:
             self.command,
             env=self.environment,
             cwd=ROOT,
+            stdout=self.output,
+            stderr=self.output,
             start_new_session=True,
             preexec_fn=_die_with_parent,  # noqa: PLW1509  the supervisor has one thread
         )
