@@ -248,7 +248,7 @@ def nothing_left_behind(http, service):
     before = http.get("/v1/series?limit=1000").json()
     yield
     assert http.get("/v1/series?limit=1000").json() == before
-    assert list((data / "staging").glob("*")) == []
+    assert [path for path in (data / "staging").rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.usefixtures("nothing_left_behind")
