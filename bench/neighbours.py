@@ -51,9 +51,7 @@ def in_turns(
 def recall(found: Sequence[Sequence[float]], tenth: Floats) -> float:
     """Share of the K hits that are as near as the K-th true neighbour, mean over the queries."""
     return float(
-        np.mean(
-            [sum(score >= worst - TIE for score in hits[:K]) / K for hits, worst in zip(found, tenth, strict=False)]
-        )
+        np.mean([sum(score >= worst - TIE for score in hits[:K]) / K for hits, worst in zip(found, tenth, strict=True)])
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import missing
 from posting import slice_files, tarred
 from starlette.testclient import TestClient
 
@@ -55,7 +56,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", folder]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this user may not mount a tmpfs; the other tests need none")
+        missing("this user may not mount a tmpfs; the other tests need none")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
