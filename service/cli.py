@@ -12,6 +12,7 @@ from models.modes import COSINE, Mode, in_mode
 from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, WrongWeights, check_licence
 from models.zoo import encoders as all_encoders
 from service.commands.audit import audit
+from service.commands.check import check
 from service.commands.embed import embed
 from service.commands.erase import erase
 from service.commands.features import features
@@ -49,6 +50,9 @@ def up() -> None:
 
 
 app.command(epilog="Example: keyslice receive --aet KEYSLICE --port 11112")(receive)
+
+
+app.command(epilog="Example: keyslice check --repair")(check)
 
 
 app.command(epilog="Example: keyslice erase 1.2.840.113619.2.55.3.604")(erase)

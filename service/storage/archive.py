@@ -57,6 +57,13 @@ class Archive:
     def flush(self, series_uid: str) -> None:
         fsync_path(self._root / series_uid)
 
+    def series(self) -> list[str]:
+        """Of which there is a folder."""
+        return sorted(path.name for path in self._root.iterdir() if path.is_dir())
+
+    def folder(self, series_uid: str) -> Path:
+        return self._root / series_uid
+
     def files(self, series_uid: str) -> list[Path]:
         return sorted((self._root / series_uid).glob("*.dcm"))
 

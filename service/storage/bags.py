@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,16 @@ class Bags:
         for path in (self._root / key.encoder_id / key.series_uid).iterdir():
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def everything(self) -> Iterator[tuple[EmbeddingKey, Path]]:
+        """Whatever lies where bags lie: what is being written, and what dead writers left, too."""
+        for folder in sorted(self._root.glob("*/*")):
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                yield EmbeddingKey(folder.name, folder.parent.name), path
+
+    def discard(self, path: Path) -> None:
+        """Remove one that everything() named."""
+        shutil.rmtree(path, ignore_errors=True)
 
     def path(self, key: EmbeddingKey, content: str) -> Path:
         return self._root / key.encoder_id / key.series_uid / f"{content}.zarr"

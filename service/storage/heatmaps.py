@@ -35,6 +35,10 @@ class HeatMaps:
         fsync_path(temporary)
         temporary.replace(path)
 
+    def series(self) -> list[str]:
+        """Of which there are any."""
+        return sorted(path.name for path in self._root.iterdir())
+
     def count(self, series_uid: str) -> int:
         return sum(1 for _ in (self._root / series_uid).glob("*.json"))
 

@@ -1,20 +1,33 @@
-"""SQL: what the index is compared with, page by page, and bags that count no longer."""
+"""SQL: what archive, bags and index are compared with, page by page, and bags that count no longer."""
 
 from collections.abc import Collection, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import func, or_, select, tuple_, update
 
 from service.storage.catalog import OPEN
 from service.storage.database import Database
 from service.storage.keys import EmbeddingKey
-from service.storage.tables import (
-    EmbeddingRow,
-    now,
-)
+from service.storage.tables import EmbeddingRow, SeriesRow, now
 
 LOST_BAG = "its bag is gone or damaged; send the series again"
+
+
+class Archived(NamedTuple):
+    """What the archive must hold of a series: Archive.content()."""
+
+    series_uid: str
+    content: str
+    received: int
+
+
+class Counted(NamedTuple):
+    """Which bags of an embedding count: one that is read, one whose rows are in the index."""
+
+    content: str | None
+    indexed_content: str | None
+    state: str
 
 
 class Inspection:
@@ -47,6 +60,50 @@ class Inspection:
         )
         with self._database.read() as session:
             return {uid: content or "" for uid, content in session.execute(mine)}
+
+    def archived(self, page: int) -> Iterator[list[Archived]]:
+        """Of every series."""
+        last = ""
+        mine = select(SeriesRow.series_uid, SeriesRow.content, SeriesRow.received).order_by(SeriesRow.series_uid)
+        while True:
+            with self._database.read() as session:
+                rows = session.execute(mine.where(SeriesRow.series_uid > last).limit(page))
+                found = [Archived(*row) for row in rows]
+            if not found:
+                return
+            yield found
+            last = found[-1].series_uid
+
+    def archived_now(self, series_uid: str) -> Archived | None:
+        """The same of one; None where it is not here."""
+        mine = select(SeriesRow.series_uid, SeriesRow.content, SeriesRow.received)
+        with self._database.read() as session:
+            row = session.execute(mine.where(SeriesRow.series_uid == series_uid)).one_or_none()
+        return row and Archived(*row)
+
+    def counted_bags(self, page: int) -> Iterator[dict[EmbeddingKey, str]]:
+        """By its key, the content of every bag that is read."""
+        last = EmbeddingKey("", "")
+        order = tuple_(EmbeddingRow.series_uid, EmbeddingRow.encoder_id)
+        mine = select(EmbeddingRow.series_uid, EmbeddingRow.encoder_id, EmbeddingRow.content).where(
+            EmbeddingRow.content.is_not(None)
+        )
+        while True:
+            part = mine.where(order > tuple_(last.series_uid, last.encoder_id)).order_by(
+                EmbeddingRow.series_uid, EmbeddingRow.encoder_id
+            )
+            with self._database.read() as session:
+                rows = session.execute(part.limit(page))
+                found = {EmbeddingKey(uid, encoder_id): content or "" for uid, encoder_id, content in rows}
+            if not found:
+                return
+            yield found
+            last = list(found)[-1]
+
+    def counted(self, key: EmbeddingKey) -> Counted:
+        with self._database.read() as session:
+            row = session.get(EmbeddingRow, (key.series_uid, key.encoder_id))
+        return Counted(row.content, row.indexed_content, row.state) if row else Counted(None, None, "")
 
     def waiting_for_index(self, seconds: float = 0.0) -> dict[str, int]:
         """How many bags of each encoder the index lacks, since longer than this."""
