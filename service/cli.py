@@ -13,6 +13,7 @@ from models.specs import SUFFIXES, EncoderSpec, LicenceForbids, MissingWeights, 
 from models.zoo import encoders as all_encoders
 from service.commands.audit import audit
 from service.commands.check import check
+from service.commands.doctor import doctor
 from service.commands.embed import embed
 from service.commands.erase import erase
 from service.commands.features import features
@@ -53,6 +54,9 @@ app.command(epilog="Example: keyslice receive --aet KEYSLICE --port 11112")(rece
 
 
 app.command(epilog="Example: keyslice check --repair")(check)
+
+
+app.command(epilog="Example: keyslice doctor --json")(doctor)
 
 
 app.command(epilog="Example: keyslice erase 1.2.840.113619.2.55.3.604")(erase)
