@@ -1,6 +1,8 @@
 """Every setting, route, reason and file the docs speak of is there, and the other way round."""
 
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -39,6 +41,27 @@ def test_every_call_is_documented(openapi):
         (method.upper(), re.sub(r":path", "", path)) for path, calls in openapi["paths"].items() for method in calls
     }
     assert documented == offered
+
+
+def test_every_command_is_documented_as_its_help_says(tmp_path):
+    page = tmp_path / "commands.md"
+    options = ["--name", "keyslice", "--title", "The command line", "--output", str(page)]
+    subprocess.run([sys.executable, "-m", "typer", "service.cli", "utils", "docs", *options], check=True, cwd=ROOT)
+
+    assert (ROOT / "docs/commands.md").read_text() == page.read_text(), (
+        f"make it anew: typer service.cli utils docs {' '.join(options[:4])} --output docs/commands.md"
+    )
+
+
+def test_every_command_has_an_example():
+    page = (ROOT / "docs/commands.md").read_text()
+    commands = page.split("\n## ")[1:]
+    parts = [part for command in commands for part in command.split("\n### ")]
+
+    wanting = [part.splitlines()[0] for part in parts if "**Commands**" not in part and "Example: " not in part]
+
+    assert len(parts) > 20
+    assert wanting == []
 
 
 def test_every_reason_is_documented():
