@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.drift import embedding_health
-from service.errors import SeriesNotFound
+from service.errors import Damaged, SeriesNotFound
 from service.indexing import BAGS_PER_COMMIT, slice_rows
 from service.storage.index import IndexBroken, one_of
 from service.storage.keys import EmbeddingKey
@@ -75,7 +75,8 @@ def index_stats(stores: Stores) -> list[dict[str, Any]]:
 def compare(name: str, contents: Mapping[str, str], encoder_id: str, stores: Stores) -> dict[str, list[str]]:
     """The rows of some series that are not as the bags of these contents have them, by how they differ.
 
-    Bags that are gone are left out: they were replaced, and the new ones wait.
+    Bags that are gone are left out: they were replaced, and the new ones wait. So are those that do not read: of them
+    `keyslice check` speaks.
     """
     found: dict[str, list[str]] = {kind: [] for kind in DIFFERING}
     stored = stores.index.rows(name, one_of("series_uid", list(contents))).to_pylist() if contents else []
@@ -85,7 +86,7 @@ def compare(name: str, contents: Mapping[str, str], encoder_id: str, stores: Sto
     for uid, content in contents.items():
         try:
             bag = slice_rows(EmbeddingKey(uid, encoder_id), content, stores).as_table().to_pylist()
-        except (FileNotFoundError, SeriesNotFound):
+        except (FileNotFoundError, SeriesNotFound, Damaged):
             here = {row_id: each for row_id, each in here.items() if each["series_uid"] != uid}
             continue
         for expected in bag:

@@ -102,8 +102,8 @@ def _archived(stores: Stores, report: Report, *, repair: bool, checksums: bool) 
 
 def _files(series: Archived, stores: Stores, *, repair: bool) -> Iterator[Difference]:
     """The files of a series against what the catalog counts."""
-    uid = series.series_uid
-    if stores.archive.content(uid) == (series.content, series.received) or not _settled(stores.archive.folder(uid)):
+    uid, folder = series.series_uid, stores.archive.folder(series.series_uid)
+    if stores.archive.content(uid) == (series.content, series.received) or (folder.exists() and not _settled(folder)):
         return
     if stores.inspection.archived_now(uid) != series or stores.erasures.being_erased(uid):
         return

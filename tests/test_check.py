@@ -143,13 +143,22 @@ def test_a_damaged_bag_is_made_again_with_the_same_numbers(stores):
     assert np.array_equal(stores.bags.get(KEY, content), random_bag(0))
 
 
+@pytest.mark.parametrize("verify", ["false", "true"])
+def test_a_bag_that_does_not_read_is_named(stores, monkeypatch, verify):
+    monkeypatch.setenv("KEYSLICE_VERIFY_READS", verify)
+    (bag_path(stores) / "zarr.json").write_text("{")
+
+    assert differences(status=LEFT) == [("bag_damaged", f"{ENCODER}/1.2.0", False)]
+    assert CliRunner().invoke(app, ["index", "check"]).exit_code == 0
+
+
 def test_a_lost_bag_of_a_lost_series_fails_with_its_reason(stores, tmp_path):
     shutil.rmtree(bag_path(stores))
     shutil.rmtree(tmp_path / "archive" / "1.2.0")
 
     found = differences("--repair", status=LEFT)
 
-    assert ("bag_missing", f"{ENCODER}/1.2.0", False) in found
+    assert found == [("file_missing", "1.2.0", False), ("bag_missing", f"{ENCODER}/1.2.0", False)]
     assert stores.catalog.series("1.2.0").error == LOST_BAG
 
 

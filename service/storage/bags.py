@@ -107,7 +107,12 @@ class Bags:
         """Where this embedding comes from: encoder, code, slices with UIDs and positions, times. Raises as get()."""
         if self._verify:
             self._refuse_damaged(key, content)
-        receipt: dict[str, Any] = self._open(key, content).attrs["receipt"]  # type: ignore[assignment]
+        try:
+            receipt: dict[str, Any] = self._open(key, content).attrs["receipt"]  # type: ignore[assignment]
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # as in get()
+            raise self._damaged(key, f"it does not read: {type(error).__name__}") from error
         return receipt
 
     def damage(self, key: EmbeddingKey, content: str) -> str | None:
