@@ -1,5 +1,6 @@
 """Every setting, route, reason and file the docs speak of is there, and the other way round."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from models.ct.reasons import Reason
 from models.modes import WAYS
@@ -62,6 +64,21 @@ def test_every_command_has_an_example():
 
     assert len(parts) > 20
     assert wanting == []
+
+
+def test_every_metric_is_documented_and_rules_and_dashboard_ask_for_no_other():
+    told = set(re.findall(r'"(keyslice_\w+)"', (ROOT / "service/metrics.py").read_text()))
+    page = (ROOT / "docs/operations.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `keyslice_")]
+    assert {name for row in rows for name in re.findall(r"`(keyslice_\w+)", row)} == told
+
+    rules = yaml.safe_load((ROOT / "docs/monitoring/alerts.yml").read_text())["groups"][0]["rules"]
+    panels = json.loads((ROOT / "docs/monitoring/dashboard.json").read_text())["panels"]
+    asked = [rule["expr"] for rule in rules] + [target["expr"] for panel in panels for target in panel["targets"]]
+    names = {name for expression in asked for name in re.findall(r"keyslice_\w+", expression)}
+
+    assert len(rules) > 8
+    assert {re.sub(r"_(bucket|count)$", "", name) for name in names} - {"keyslice_http_request_seconds"} <= told
 
 
 def test_every_reason_is_documented():
