@@ -32,7 +32,8 @@ def embed(
     Ctrl-C stops it, and the same command goes on where it was.
     """
     from service.embedded import CannotStart
-    from service.exporting import a_service, run, summary, table
+    from service.exporting import root_of, run, summary, table
+    from service.watched import a_service
 
     settings, progress = read_settings(), console(to_stderr=True)
     named = _uri(uri)
@@ -41,7 +42,7 @@ def embed(
     asked = {"uri": named, "encoder": encoder, "dry_run": dry_run, **_asked(query, queries)}
     own = True  # until a running one has answered
     try:
-        with a_service(settings, service, named) as (client, own):
+        with a_service(settings, service, root_of(named)) as (client, own):
             export = run(client, asked, progress)
             if csv:
                 client.export_table(export.export_id, csv)
