@@ -3,6 +3,7 @@
 import importlib
 import logging
 import math
+import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -148,6 +149,14 @@ def load_network(spec: EncoderSpec, weights_dir: Path) -> nn.Module:
     except RuntimeError as error:
         raise WrongWeights(f"{spec.name}: {error}") from error
     return network.eval().requires_grad_(False)
+
+
+def device_found() -> str:
+    """What networks run on here, for people."""
+    if not torch.cuda.is_available():
+        return f"no GPU; {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_name()}, {free // 2**20} of {total // 2**20} MiB free"
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

@@ -102,12 +102,9 @@ def _decoders() -> str:
 
 
 def _device() -> str:
-    import torch
+    from models.load import device_found
 
-    if not torch.cuda.is_available():
-        return f"no GPU; {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch"
-    free, total = torch.cuda.mem_get_info()
-    return f"{torch.cuda.get_device_name()}, {free // 2**20} of {total // 2**20} MiB free"
+    return device_found()
 
 
 def _disk(settings: Settings) -> str:
