@@ -27,7 +27,6 @@ from service.storage.stores import Stores, open_stores
 
 PACKAGES = ("keyslice", "torch", "timm", "onnxruntime", "pydicom", "zarr", "lancedb", "fastapi", "celery", "sqlalchemy")
 OLDEST_PYTHON = (3, 11)
-MIN_COSINE = 0.999
 
 
 class Ailing(Exception):
@@ -187,7 +186,7 @@ def _broker(settings: Settings, stores: Stores) -> str:
 def _encoder(settings: Settings, stores: Stores) -> str:
     """Its weights load, and the canary slice embeds as it first did."""
     from models.load import canary, load_encoder
-    from models.modes import in_mode
+    from models.modes import COSINE, in_mode
     from models.specs import check_licence
     from models.zoo import encoders
 
@@ -199,7 +198,7 @@ def _encoder(settings: Settings, stores: Stores) -> str:
     encoder = load_encoder(in_mode(spec, settings.mode, settings.weights_path), settings.weights_path)
     encoder.encode(canary(encoder.spec))  # the first takes longer
     started = time.perf_counter()
-    found = encoder.encode(canary(encoder.spec)).reshape(-1)
+    found = encoder.encode(canary(encoder.spec)).reshape(-1).astype(np.float64)
     seconds, reference = time.perf_counter() - started, stores.canaries.reference(encoder.id)
     said = (
         f"{encoder.id}, {encoder.spec.runtime} {encoder.spec.precision}, the canary slice took {1e3 * seconds:.0f} ms"
@@ -207,6 +206,6 @@ def _encoder(settings: Settings, stores: Stores) -> str:
     if reference is None:
         return f"{said}; none is stored yet to compare it with"
     cosine = float(found @ reference / (np.linalg.norm(found) * np.linalg.norm(reference)))
-    if not cosine >= MIN_COSINE:
-        raise Ailing(f"{said}; cosine {cosine:.6f} to the stored one, expected {MIN_COSINE} or more")
+    if not cosine >= COSINE[settings.mode]:
+        raise Ailing(f"{said}; cosine {cosine:.6f} to the stored one, expected {COSINE[settings.mode]} or more")
     return f"{said}; cosine {cosine:.6f} to the stored one"

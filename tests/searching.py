@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from service.indexing import index_bags
+from service.settings import Settings
 from service.storage.catalog import Arrival
 from service.storage.keys import EmbeddingKey
-from service.storage.stores import Stores
+from service.storage.stores import Stores, open_stores
 
 ENCODER = "toy@0123456789ab"
 WINDOWS = ("abdomen", "lung")
@@ -52,3 +54,12 @@ def embed_made(stores: Stores, made: Made, encoder_id: str = ENCODER) -> str:
     stores.catalog.commit(key, content, len(made.bag), {"status": made.verdict}, geometry)
     stores.tags.put(made.series_uid, made.tags)
     return content
+
+
+def three_indexed(settings: Settings) -> Stores:
+    """Stores of three series of ten rows, indexed."""
+    stores = open_stores(settings)
+    for number in range(3):
+        embed_made(stores, Made(f"1.2.{number}", random_bag(number)))
+    index_bags(stores, settings, "worker")
+    return stores

@@ -8,18 +8,16 @@ import time
 import numpy as np
 import pytest
 from posting import slice_files
-from searching import ENCODER, Made, embed_made, random_bag
+from searching import ENCODER, random_bag, three_indexed
 from typer.testing import CliRunner
 
 from models.ct.phantom import Identity
 from service import consistency
 from service.cli import app
-from service.indexing import index_bags
 from service.intake import take_in
 from service.settings import Settings
 from service.storage.inspection import LOST_BAG
 from service.storage.keys import EmbeddingKey
-from service.storage.stores import open_stores
 from service.uploads import StagedFile, staging
 
 LEFT = 3
@@ -31,12 +29,8 @@ KEY = EmbeddingKey("1.2.0", ENCODER)
 def stores(tmp_path, monkeypatch):
     """Three series, indexed, and one that was sent and waits."""
     monkeypatch.setenv("KEYSLICE_DATA_DIR", str(tmp_path))
-    settings = Settings()
-    opened = open_stores(settings)
-    for number in range(3):
-        embed_made(opened, Made(f"1.2.{number}", random_bag(number)))
-    index_bags(opened, settings, "worker")
-    send(opened, settings)
+    opened = three_indexed(Settings())
+    send(opened, Settings())
     age(tmp_path)
     yield opened
     opened.close()

@@ -67,7 +67,7 @@ def test_the_canary_is_compared_with_the_one_that_is_stored():
 
     name, found = ailing()
     assert name == "encoder"
-    assert "expected 0.999 or more" in found
+    assert "expected 0.999999 or more" in found
 
 
 def test_a_full_disk_ails(monkeypatch):

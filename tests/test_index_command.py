@@ -4,14 +4,13 @@ import json
 import shutil
 
 import pytest
-from searching import ENCODER, Made, embed_made, random_bag
+from searching import ENCODER, Made, embed_made, random_bag, three_indexed
 from typer.testing import CliRunner
 
 from service import indexing
 from service.cli import app
-from service.indexing import LEASE, index_bags
+from service.indexing import LEASE
 from service.settings import Settings
-from service.storage.stores import open_stores
 
 DIFFERENT = 3
 KINDS = ("missing", "extra", "duplicate", "differing", "broken")
@@ -21,11 +20,7 @@ KINDS = ("missing", "extra", "duplicate", "differing", "broken")
 def stores(tmp_path, monkeypatch):
     """Three series of ten rows, indexed."""
     monkeypatch.setenv("KEYSLICE_DATA_DIR", str(tmp_path))
-    settings = Settings()
-    opened = open_stores(settings)
-    for number in range(3):
-        embed_made(opened, Made(f"1.2.{number}", random_bag(number)))
-    index_bags(opened, settings, "worker")
+    opened = three_indexed(Settings())
     yield opened
     opened.close()
 
