@@ -4,7 +4,7 @@ BIN := .venv/bin
 SERIES ?=
 ONESHOT ?=
 
-.PHONY: demo setup test check format clean
+.PHONY: demo setup test check format docs clean
 
 demo: setup
 	$(BIN)/keyslice demo $(if $(SERIES),"$(SERIES)") $(if $(ONESHOT),--oneshot)
@@ -28,6 +28,9 @@ check: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv

@@ -111,6 +111,18 @@ def test_every_link_leads_somewhere():
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_the_sums_of_a_million_series_are_right():
+    page = (ROOT / "docs/scale.md").read_text()
+    rows = re.findall(r"\| `([^`]+)` \| ([\d.,]+) ?([kMGT]?)", page)
+    units = {"": 1, "M": 1e6, "G": 1e9, "T": 1e12}
+
+    told = {expression: float(value.replace(",", "")) * units[unit] for expression, value, unit in rows}
+
+    sums = {expression: eval(expression.replace("×", "*").replace(",", "")) for expression in told}
+    assert len(told) > 15
+    assert told == pytest.approx(sums, rel=0.005)
+
+
 def test_the_walk_is_ten_files():
     walk = re.findall(r"^\d+\. \[([\w/.]+)\]", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(walk) == 10
