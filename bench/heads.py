@@ -39,6 +39,7 @@ from models.heads.options import HeadOptions
 from models.heads.protocols import plan
 from models.heads.train import LabelledBag, train_head
 from service.storage.bags import Bags
+from service.storage.folder import Folder
 from service.storage.keys import EmbeddingKey
 
 WINDOWS, DIM = 2, 576
@@ -83,7 +84,7 @@ def main(
 
 def write_bags(root: Path, bags: int, slices: int) -> None:
     """Bags of noise; in those of odd number neighbouring slices are moved along all axes a little."""
-    store = Bags(root)
+    store = Bags(Folder(root))
     lesion = max(1, round(slices * LESION_SLICES))
     for number in track(range(bags), "writing bags", console=console):
         random = np.random.default_rng(number)
@@ -112,7 +113,7 @@ def in_fresh_process(loop: Loop, *arguments: Any) -> Trained:
 def streamed(root: Path, bags: int, options: HeadOptions, keep_bytes: int = loader.KEEP_BYTES) -> Trained:
     """As a worker trains a head; `keep_bytes` of bags stay in memory."""
     loader.KEEP_BYTES = keep_bytes
-    store = Bags(root)
+    store = Bags(Folder(root))
     labelled = [
         LabelledBag(str(number), (float(positive(number)),), partial(store.get, *name_of(number)))
         for number in range(bags)
@@ -128,7 +129,7 @@ def streamed(root: Path, bags: int, options: HeadOptions, keep_bytes: int = load
 
 def plain(root: Path, bags: int, options: HeadOptions) -> Trained:
     """As anyone would write it: all bags in memory before the clock starts, each batch whole."""
-    store = Bags(root)
+    store = Bags(Folder(root))
     ready = [torch.from_numpy(store.get(*name_of(number))).flatten(0, 1).float() for number in range(bags)]
     truth = torch.tensor([[float(positive(number))] for number in range(bags)])  # (bags, 1)
     folds = list(plan(truth.numpy(), np.arange(bags), options).deployed.each())

@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 from service.checking import DIFFERING, check_index, compare
@@ -102,8 +101,9 @@ def _archived(stores: Stores, report: Report, *, repair: bool, checksums: bool) 
 
 def _files(series: Archived, stores: Stores, *, repair: bool) -> Iterator[Difference]:
     """The files of a series against what the catalog counts."""
-    uid, folder = series.series_uid, stores.archive.folder(series.series_uid)
-    if stores.archive.content(uid) == (series.content, series.received) or (folder.exists() and not _settled(folder)):
+    uid, changed_at = series.series_uid, stores.archive.changed_at(series.series_uid)
+    counted = stores.archive.content(uid) == (series.content, series.received)
+    if counted or (changed_at is not None and not _settled(changed_at)):
         return
     if stores.inspection.archived_now(uid) != series or stores.erasures.being_erased(uid):
         return
@@ -141,7 +141,7 @@ def _damaged_files(series: Archived, stores: Stores) -> Iterator[Difference]:
 def _unknown_series(stores: Stores, *, repair: bool) -> Iterator[Difference | None]:
     """Folders of the archive that no upload lived to note."""
     for uid in _not_here(stores.archive.series(), stores):
-        if _settled(stores.archive.folder(uid)):
+        if _settled(stores.archive.changed_at(uid)):
             if repair:
                 stores.catalog.abandon(uid)
             yield Difference("file_unknown", uid, "the catalog has no such series", repair)
@@ -156,7 +156,7 @@ def _bags(stores: Stores, report: Report, *, repair: bool, checksums: bool) -> I
 
 def _bag(key: EmbeddingKey, content: str, stores: Stores, *, repair: bool, checksums: bool) -> Difference | None:
     kind: Kind = "bag_missing"
-    if stores.bags.path(key, content).exists():
+    if stores.bags.exists(key, content):
         kind = "bag_damaged"
         try:
             found = stores.bags.damage(key, content) if checksums else None
@@ -180,14 +180,16 @@ def _bag(key: EmbeddingKey, content: str, stores: Stores, *, repair: bool, check
 
 def _unknown_bags(stores: Stores, *, repair: bool) -> Iterator[Difference | None]:
     """What dead workers left, and bags that were replaced."""
-    for key, path in stores.bags.everything():
+    for key, name in stores.bags.everything():
         counted = stores.inspection.counted(key)
         kept = {counted.content, counted.indexed_content, *stores.predictions.contents(key)}
-        if path.name in {f"{content}.zarr" for content in kept} or counted.state in OPEN or not _settled(path):
+        if name in {f"{content}.zarr" for content in kept} or counted.state in OPEN:
+            continue
+        if not _settled(stores.bags.changed_at(key, name)):
             continue
         if repair:
-            stores.bags.discard(path)
-        yield Difference("bag_unknown", f"{_named(key)}/{path.name}", "the catalog does not count it", repair)
+            stores.bags.discard(key, name)
+        yield Difference("bag_unknown", f"{_named(key)}/{name}", "the catalog does not count it", repair)
 
 
 def _unknown_heat_maps(stores: Stores, *, repair: bool) -> Iterator[Difference | None]:
@@ -280,12 +282,9 @@ def _not_here(series_uids: Iterable[str], stores: Stores) -> Iterator[str]:
             yield uid
 
 
-def _settled(folder: Path) -> bool:
-    """Nothing was added or removed lately."""
-    try:
-        return time.time() - folder.stat().st_mtime > SETTLED_SECONDS
-    except FileNotFoundError:
-        return False
+def _settled(changed_at: float | None) -> bool:
+    """It is there, and nothing came lately."""
+    return changed_at is not None and time.time() - changed_at > SETTLED_SECONDS
 
 
 def _named(key: EmbeddingKey) -> str:

@@ -21,6 +21,7 @@ from service.queue import Queue
 from service.settings import Settings
 from service.storage.archive import Archive
 from service.storage.bags import Bags
+from service.storage.folder import Folder
 from service.storage.index import SliceIndex, SliceRows
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores, open_stores
@@ -137,7 +138,12 @@ def _archive(root: Path) -> str:
 
 def _bags(root: Path) -> str:
     with _beside(root) as folder:
-        started, store, key, bag = time.perf_counter(), Bags(folder, verify=True), EmbeddingKey("1", "toy"), _bag()
+        started, store, key, bag = (
+            time.perf_counter(),
+            Bags(Folder(folder), verify=True),
+            EmbeddingKey("1", "toy"),
+            _bag(),
+        )
         store.put(key, "content", bag, {"windows": ["lung"]})
         if not np.array_equal(store.get(key, "content"), bag):
             raise Ailing("a bag did not read as it was written")

@@ -15,6 +15,7 @@ from bench.memory import MB, peak_mb
 from models.heads import evaluation, loader
 from models.heads.options import HeadOptions
 from service.storage.bags import Bags
+from service.storage.folder import Folder
 
 ROOT = Path(__file__).resolve().parent.parent
 BAGS, SLICES, LARGE_SLICES = 40, 12, 200
@@ -68,7 +69,7 @@ def test_both_loops_tell_held_out_lesions_from_none_as_well(both):
 
 def test_every_second_bag_of_noise_has_a_lesion_on_few_slices(tmp_path):
     write_bags(tmp_path, 4, 100)
-    bags = [Bags(tmp_path).get(*heads.name_of(number)) for number in range(4)]
+    bags = [Bags(Folder(tmp_path)).get(*heads.name_of(number)) for number in range(4)]
 
     assert {(bag.shape, bag.dtype) for bag in bags} == {((100, 2, 576), np.dtype(np.float16))}
     moved = [np.flatnonzero(bag.mean(axis=(1, 2), dtype=np.float64) > heads.LESION / 2) for bag in bags]

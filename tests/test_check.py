@@ -61,7 +61,8 @@ def differences(*options, status=0):
 
 
 def bag_path(stores, key=KEY):
-    return stores.bags.path(key, stores.catalog.embedding(key.series_uid, key.encoder_id).content)
+    content = stores.catalog.embedding(key.series_uid, key.encoder_id).content
+    return Settings().data_dir / "bags" / key.encoder_id / key.series_uid / f"{content}.zarr"
 
 
 def first_file(stores):

@@ -17,6 +17,7 @@ from service.indexing import index_bags, keep_index
 from service.intake import take_in
 from service.settings import Settings
 from service.storage.bags import Bags
+from service.storage.folder import Folder
 from service.storage.inspection import LOST_BAG
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import open_stores
@@ -146,7 +147,7 @@ def chunk(root, content="c0"):
 
 def test_a_bag_says_its_own_checksums(tmp_path):
     receipt = {"windows": ["lung"], "z_mm": [0.1, 1e-7], "rescale": [(1.0, None)], "é": "ü"}
-    Bags(tmp_path).put(KEY, "c0", random_bag(0), receipt)
+    Bags(Folder(tmp_path)).put(KEY, "c0", random_bag(0), receipt)
 
     said = json.loads((chunk(tmp_path).parents[3] / "zarr.json").read_text())["attributes"]
 
@@ -155,7 +156,7 @@ def test_a_bag_says_its_own_checksums(tmp_path):
         "embeddings": hashlib.sha256(chunk(tmp_path).read_bytes()).hexdigest(),
         "receipt": hashlib.sha256(plain.encode()).hexdigest(),
     }
-    assert Bags(tmp_path).damage(KEY, "c0") is None
+    assert Bags(Folder(tmp_path)).damage(KEY, "c0") is None
 
 
 def _receipt(root):
@@ -173,7 +174,7 @@ HARMS = [
 
 @pytest.mark.parametrize(("said", "harm"), HARMS)
 def test_a_damaged_bag_is_told_refused_and_replaced_by_the_next_that_is_written(tmp_path, said, harm):
-    bags, bag, receipt = Bags(tmp_path, verify=True), random_bag(0), {"windows": ["abdomen"]}
+    bags, bag, receipt = Bags(Folder(tmp_path), verify=True), random_bag(0), {"windows": ["abdomen"]}
     bags.put(KEY, "c0", bag, receipt)
     harm(tmp_path)
 
@@ -188,7 +189,7 @@ def test_a_damaged_bag_is_told_refused_and_replaced_by_the_next_that_is_written(
 
 
 def test_a_bag_of_zeros_which_zarr_writes_no_chunk_of_is_sound(tmp_path):
-    bags = Bags(tmp_path, verify=True)
+    bags = Bags(Folder(tmp_path), verify=True)
     bags.put(KEY, "c0", np.zeros((3, 2, 4), np.float16), {})
 
     assert bags.damage(KEY, "c0") is None
@@ -196,7 +197,7 @@ def test_a_bag_of_zeros_which_zarr_writes_no_chunk_of_is_sound(tmp_path):
 
 
 def test_a_bag_of_before_there_were_checksums_reads_as_it_did(tmp_path):
-    bags, bag = Bags(tmp_path, verify=True), random_bag(0)
+    bags, bag = Bags(Folder(tmp_path), verify=True), random_bag(0)
     bags.put(KEY, "c0", bag, {})
     path = chunk(tmp_path).parents[3] / "zarr.json"
     said = json.loads(path.read_text())
@@ -212,7 +213,8 @@ def test_a_lost_bag_fails_its_embedding_and_holds_up_no_other(stores, settings, 
     lost, other = EmbeddingKey("1.2.1", ENCODER), EmbeddingKey("1.2.2", ENCODER)
     for number, key in enumerate((lost, other)):
         embed_made(stores, Made(key.series_uid, random_bag(number)))
-    path = stores.bags.path(lost, stores.catalog.embedding(*vars(lost).values()).content)
+    content = stores.catalog.embedding(*vars(lost).values()).content
+    path = settings.data_dir / "bags" / ENCODER / lost.series_uid / f"{content}.zarr"
     if harm == "damaged":
         spoil(path / "c" / "0" / "0" / "0")
     else:

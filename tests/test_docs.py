@@ -141,10 +141,11 @@ def test_numpy_reads_a_bag_by_the_docs_own_lines(tmp_path):
     import numpy as np
 
     from service.storage.bags import Bags
+    from service.storage.folder import Folder
     from service.storage.keys import EmbeddingKey
 
     stored = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float16)
-    Bags(tmp_path).put(EmbeddingKey("1.2", "toy@0"), "c0", stored, {})
+    Bags(Folder(tmp_path)).put(EmbeddingKey("1.2", "toy@0"), "c0", stored, {})
     lines = re.search(r"```python\n(.*?)```", (ROOT / "docs/storage.md").read_text(), re.DOTALL)[1]
 
     names = {"bag": str(tmp_path / "toy@0" / "1.2" / "c0.zarr")}

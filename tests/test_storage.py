@@ -9,6 +9,7 @@ import zarr
 from models.ct.phantom import Identity
 from service.storage.archive import Archive
 from service.storage.bags import Bags
+from service.storage.folder import Folder
 from service.storage.index import IndexBroken, SliceIndex, SliceRows
 from service.storage.keys import EmbeddingKey
 
@@ -28,7 +29,7 @@ def rows(bag: np.ndarray, series_uid: str = "1.2.3", patient: str = "p", study: 
 
 
 def test_a_bag_comes_back_with_its_receipt(tmp_path, bag):
-    bags = Bags(tmp_path)
+    bags = Bags(Folder(tmp_path))
 
     bags.put(KEY, "c0", bag, {"sop_uids": ["1"]})
 
@@ -38,7 +39,7 @@ def test_a_bag_comes_back_with_its_receipt(tmp_path, bag):
 
 
 def test_a_bag_is_one_chunk_that_numpy_reads_alone(tmp_path, bag):
-    Bags(tmp_path).put(KEY, "c0", bag, {})
+    Bags(Folder(tmp_path)).put(KEY, "c0", bag, {})
     folder = tmp_path / ENCODER / "1.2.3" / "c0.zarr"
 
     alone = np.fromfile(folder / "c" / "0" / "0" / "0", dtype="<f2").reshape(5, 2, 8)
@@ -49,7 +50,7 @@ def test_a_bag_is_one_chunk_that_numpy_reads_alone(tmp_path, bag):
 
 @pytest.mark.parametrize("empty", [False, True], ids=["numbers", "all zeros, of which Zarr writes no chunk"])
 def test_a_slice_is_read_without_the_others(tmp_path, bag, empty):
-    bags, stored = Bags(tmp_path), np.zeros_like(bag) if empty else bag
+    bags, stored = Bags(Folder(tmp_path)), np.zeros_like(bag) if empty else bag
     bags.put(KEY, "c0", stored, {})
 
     assert [np.array_equal(bags.get_slice(KEY, "c0", number), stored[number]) for number in range(5)] == 5 * [True]
@@ -61,7 +62,7 @@ def test_a_slice_is_read_without_the_others(tmp_path, bag, empty):
 
 
 def test_a_bag_that_dies_while_it_is_written_is_not_there(tmp_path, bag, monkeypatch):
-    bags = Bags(tmp_path)
+    bags = Bags(Folder(tmp_path))
 
     def die(*_arguments):
         raise OSError("no space left on device")
@@ -170,3 +171,13 @@ def test_compaction_changes_no_row(tmp_path, bag):
 
 def test_identities_are_stable():
     assert Identity("A").series_uid == Identity("A").series_uid != Identity("B").series_uid
+
+
+def test_a_bag_whose_chunk_went_with_it_is_not_read_as_zeros(tmp_path, bag):
+    folder = Folder(tmp_path)
+    Bags(folder).put(KEY, "c0", bag, {})
+    read = folder.read
+    folder.read = lambda name: (read(name), folder.remove(f"{ENCODER}/1.2.3/c0.zarr"))[0]
+
+    with pytest.raises(FileNotFoundError):
+        Bags(folder).get(KEY, "c0")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.durable import fsync_path, remove_tree
 from service.errors import Damaged
+from service.storage.folder import Folder
 
 # Of a series' instances, or all of them: SHA-256 by SOPInstanceUID, as far as it is known.
 Sums = Callable[[str, Sequence[str] | None], Mapping[str, bytes]]
@@ -61,8 +62,9 @@ class Archive:
         """Of which there is a folder."""
         return sorted(path.name for path in self._root.iterdir() if path.is_dir())
 
-    def folder(self, series_uid: str) -> Path:
-        return self._root / series_uid
+    def changed_at(self, series_uid: str) -> float | None:
+        """When a file came or went last, in seconds of time.time(); None where nothing of the series is here."""
+        return Folder(self._root).changed_at(series_uid)
 
     def files(self, series_uid: str) -> list[Path]:
         return sorted((self._root / series_uid).glob("*.dcm"))

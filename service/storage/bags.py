@@ -2,21 +2,22 @@
 
 import hashlib
 import json
-import shutil
-import uuid
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.buffer import cpu
+from zarr.storage import MemoryStore
 
-from models.durable import fsync_path, fsync_tree, remove_tree
 from service.errors import Damaged
 from service.storage.keys import EmbeddingKey
+from service.storage.objects import Objects
 
 LAYOUT_VERSION = 1
+METADATA = "zarr.json"  # without it there is no bag
+CHUNK = "c/0/0/0"
 FLOAT16 = np.dtype("<f2")
 
 
@@ -31,46 +32,25 @@ def slices_of(receipt: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class Bags:
-    """`<root>/<encoder_id>/<series_uid>/<content>.zarr`: a bag is never changed once it is there.
+    """`<encoder_id>/<series_uid>/<content>.zarr`: a bag is never changed once it is there.
 
     `content` is the archive's digest of the instances it was made from, so slices that come later make
-    another bag; the catalog says which one counts.
+    another bag; the catalog says which one counts. Zarr encodes and decodes in memory: a bag is two small files.
     """
 
-    def __init__(self, root: Path, verify: bool = False) -> None:
+    def __init__(self, objects: Objects, verify: bool = False) -> None:
         """With `verify` whatever is read is compared with its checksum first."""
-        self._root = root
+        self._objects = objects
         self._verify = verify
-        root.mkdir(parents=True, exist_ok=True)
 
     def put(self, key: EmbeddingKey, content: str, bag: NDArray[np.float16], receipt: dict[str, Any]) -> None:
-        """Write under a temporary name, flush, rename: a reader sees all of it or nothing.
-
-        A bag that is there already stays, unless it is damaged.
-        """
-        path = self.path(key, content)
-        if path.exists():
+        """A reader sees all of it or nothing. A bag that is there already stays, unless it is damaged."""
+        name = _name(key, content)
+        if self.exists(key, content):
             if self.damage(key, content) is None:
                 return
-            aside = path.with_name(f".{content}.{uuid.uuid4().hex}")
-            path.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{content}.{uuid.uuid4().hex}")
-        array = zarr.create_array(
-            temporary, data=bag, chunks=bag.shape, compressors=None, dimension_names=("slice", "window", "dim")
-        )
-        array.attrs.update({"layout_version": LAYOUT_VERSION, "receipt": receipt, "sha256": _sums(bag, receipt)})
-        fsync_tree(temporary)
-        try:
-            temporary.rename(path)
-        except OSError:  # another worker's bag of the same content came first
-            shutil.rmtree(temporary)
-            if not path.exists():
-                raise
-        fsync_path(path.parent)
-        fsync_path(path.parent.parent)
-        fsync_path(self._root)
+            self._objects.remove(name)
+        self._objects.add_folder(name, _encoded(bag, receipt))
 
     def get(self, key: EmbeddingKey, content: str) -> NDArray[np.float16]:
         """Raises FileNotFoundError for a bag that was replaced, and Damaged for one that does not read; where reads are
@@ -91,36 +71,38 @@ class Bags:
         """
         if self._verify:
             self._refuse_damaged(key, content)
-        path = self.path(key, content)
-        slices, windows, dim = json.loads((path / "zarr.json").read_bytes())["shape"]
+        name = _name(key, content)
+        slices, windows, dim = json.loads(self._objects.read(f"{name}/{METADATA}"))["shape"]
         if not 0 <= number < slices:
             raise IndexError(f"no slice {number}, expected 0 to {slices - 1}")
+        length = windows * dim * FLOAT16.itemsize
         try:
-            with (path / "c" / "0" / "0" / "0").open("rb") as chunk:
-                chunk.seek(number * windows * dim * FLOAT16.itemsize)
-                numbers = np.frombuffer(chunk.read(windows * dim * FLOAT16.itemsize), FLOAT16)
-                return np.asarray(numbers, np.float16).reshape(windows, dim)
+            numbers = np.frombuffer(self._objects.read_part(f"{name}/{CHUNK}", number * length, length), FLOAT16)
         except FileNotFoundError:  # Zarr writes no chunk of zeros alone; or the bag is being removed
             return np.asarray(self.get(key, content)[number])
+        return np.asarray(numbers, np.float16).reshape(windows, dim)
 
     def receipt(self, key: EmbeddingKey, content: str) -> dict[str, Any]:
         """Where this embedding comes from: encoder, code, slices with UIDs and positions, times. Raises as get()."""
         if self._verify:
             self._refuse_damaged(key, content)
         try:
-            receipt: dict[str, Any] = self._open(key, content).attrs["receipt"]  # type: ignore[assignment]
+            receipt: dict[str, Any] = self._described(key, content).attrs["receipt"]  # type: ignore[assignment]
         except FileNotFoundError:
             raise
         except Exception as error:  # as in get()
             raise self._damaged(key, f"it does not read: {type(error).__name__}") from error
         return receipt
 
+    def exists(self, key: EmbeddingKey, content: str) -> bool:
+        return self._objects.exists(f"{_name(key, content)}/{METADATA}")
+
     def damage(self, key: EmbeddingKey, content: str) -> str | None:
         """What is wrong with a bag; None where it reads and is what was written.
 
         Of bags that were written before there were checksums only that it reads. Raises FileNotFoundError.
         """
-        if not self.path(key, content).exists():
+        if not self.exists(key, content):
             raise FileNotFoundError(f"no bag {content}")
         try:
             array = self._open(key, content)
@@ -137,31 +119,35 @@ class Bags:
     def keep_only(self, key: EmbeddingKey, contents: Collection[str]) -> None:
         """Remove bags of other contents, and what dead writers left behind."""
         kept = {f"{content}.zarr" for content in contents}
-        for path in (self._root / key.encoder_id / key.series_uid).iterdir():
-            if path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+        for name in self._objects.names(_folder(key)):
+            if name not in kept:
+                self.discard(key, name)
 
-    def everything(self) -> Iterator[tuple[EmbeddingKey, Path]]:
-        """Whatever lies where bags lie: what is being written, and what dead writers left, too."""
-        for folder in sorted(self._root.glob("*/*")):
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                yield EmbeddingKey(folder.name, folder.parent.name), path
+    def everything(self) -> Iterator[tuple[EmbeddingKey, str]]:
+        """The name of whatever lies where bags lie: what is being written, and what dead writers left, too."""
+        for encoder_id in self._objects.names():
+            for series_uid in self._objects.names(encoder_id):
+                key = EmbeddingKey(series_uid, encoder_id)
+                for name in self._objects.names(_folder(key)):
+                    yield key, name
 
-    def discard(self, path: Path) -> None:
-        """Remove one that everything() named."""
-        shutil.rmtree(path, ignore_errors=True)
+    def changed_at(self, key: EmbeddingKey, name: str) -> float | None:
+        """When what everything() named came, in seconds of time.time(); None where it is gone."""
+        return self._objects.changed_at(f"{_folder(key)}/{name}")
 
-    def path(self, key: EmbeddingKey, content: str) -> Path:
-        return self._root / key.encoder_id / key.series_uid / f"{content}.zarr"
+    def discard(self, key: EmbeddingKey, name: str) -> None:
+        """Remove what everything() named."""
+        self._objects.remove(f"{_folder(key)}/{name}")
 
     def count(self, series_uid: str) -> int:
         """Of every encoder, those that were replaced and not yet removed too."""
-        return sum(1 for folder in self._folders(series_uid) for _ in folder.glob("*.zarr"))
+        keys = (EmbeddingKey(series_uid, encoder_id) for encoder_id in self._objects.names())
+        return sum(name.endswith(".zarr") for key in keys for name in self._objects.names(_folder(key)))
 
     def remove(self, series_uid: str) -> None:
         """All of the series, of every encoder, also what is just being written."""
-        for folder in self._folders(series_uid):
-            remove_tree(folder)
+        for encoder_id in self._objects.names():
+            self._objects.remove(_folder(EmbeddingKey(series_uid, encoder_id)))
 
     def _refuse_damaged(self, key: EmbeddingKey, content: str) -> None:
         if (found := self.damage(key, content)) is not None:
@@ -171,11 +157,42 @@ class Bags:
         message = f"a bag is not what was written: {found}"
         return Damaged(message, series_uid=key.series_uid, encoder_id=key.encoder_id)
 
-    def _folders(self, series_uid: str) -> list[Path]:
-        return [path for encoder in self._root.iterdir() if (path := encoder / series_uid).is_dir()]
+    def _described(self, key: EmbeddingKey, content: str) -> "zarr.Array[Any]":
+        """The bag without its numbers."""
+        return _array({METADATA: self._objects.read(f"{_name(key, content)}/{METADATA}")})
 
     def _open(self, key: EmbeddingKey, content: str) -> "zarr.Array[Any]":
-        return zarr.open_array(self.path(key, content), mode="r")
+        name = _name(key, content)
+        files = {METADATA: self._objects.read(f"{name}/{METADATA}")}
+        try:
+            files[CHUNK] = self._objects.read(f"{name}/{CHUNK}")
+        except FileNotFoundError:  # Zarr writes no chunk of zeros alone; or the bag has just been removed
+            if not self.exists(key, content):
+                raise
+        return _array(files)
+
+
+def _folder(key: EmbeddingKey) -> str:
+    return f"{key.encoder_id}/{key.series_uid}"
+
+
+def _name(key: EmbeddingKey, content: str) -> str:
+    return f"{_folder(key)}/{content}.zarr"
+
+
+def _encoded(bag: NDArray[np.float16], receipt: dict[str, Any]) -> dict[str, bytes]:
+    """A bag's files by name, its metadata last."""
+    files: dict[str, Any] = {}
+    array = zarr.create_array(
+        MemoryStore(files), data=bag, chunks=bag.shape, compressors=None, dimension_names=("slice", "window", "dim")
+    )
+    array.attrs.update({"layout_version": LAYOUT_VERSION, "receipt": receipt, "sha256": _sums(bag, receipt)})
+    return {name: files[name].to_bytes() for name in (CHUNK, METADATA) if name in files}
+
+
+def _array(files: dict[str, bytes]) -> "zarr.Array[Any]":
+    store = MemoryStore({name: cpu.Buffer.from_bytes(content) for name, content in files.items()}, read_only=True)
+    return zarr.open_array(store, mode="r")
 
 
 def _sums(bag: NDArray[np.float16], receipt: dict[str, Any]) -> dict[str, str]:

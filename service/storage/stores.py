@@ -17,6 +17,7 @@ from service.storage.database import Database, upgrade
 from service.storage.erasures import Erasures
 from service.storage.exports import Exports
 from service.storage.figures import Figures
+from service.storage.folder import Folder
 from service.storage.heads import Heads
 from service.storage.health import Health
 from service.storage.heatmaps import HeatMaps
@@ -76,7 +77,7 @@ def open_stores(settings: Settings) -> Stores:
     chain = Chain(settings.audit_secret)
     return Stores(
         archive=archive,
-        bags=Bags(root / "bags", verify=settings.verify_reads),
+        bags=Bags(Folder(root / "bags"), verify=settings.verify_reads),
         index=SliceIndex(root / "index"),
         indexes=Indexes(database),
         database=database,
