@@ -9,12 +9,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydicom import uid
+from pydicom.uid import UID
+from pynetdicom.sop_class import Verification
+from starlette.testclient import TestClient
 
+from models.ct.decode import DECODERS
 from models.ct.reasons import Reason
+from models.heads.options import HeadOptions
 from models.modes import WAYS
 from models.zoo import ENCODERS
-from service.app import create_app
+from service.app import STATUSES, create_app
+from service.errors import kinds
 from service.settings import Settings
+from workers.receiver import STORAGE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -86,6 +94,16 @@ def test_every_reason_is_documented():
     assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {str(reason) for reason in Reason}
 
 
+def test_the_conformance_statement_has_the_classes_and_syntaxes_that_are_negotiated():
+    page = (ROOT / "docs/dicom-conformance.md").read_text()
+    said = re.findall(r"^\| ([^|]+) \| ([\d.]+) \|(?: (SCP|SCU) \|)?$", page, re.MULTILINE)
+
+    taken = {(UID(each).name, str(each), "SCP") for each in [Verification, *STORAGE]}
+    sent = {(each.name, str(each), "SCU") for each in (uid.KeyObjectSelectionDocumentStorage, uid.EnhancedSRStorage)}
+    syntaxes = {(UID(each).name, str(each), "") for each in DECODERS}
+    assert set(said) == taken | sent | syntaxes
+
+
 def test_every_case_of_the_table_has_its_test():
     page = (ROOT / "docs/dicom.md").read_text()
     named = set(re.findall(r"`(test_\w+)`", page))
@@ -121,6 +139,52 @@ def test_the_sums_of_a_million_series_are_right():
     sums = {expression: eval(expression.replace("×", "*").replace(",", "")) for expression in told}
     assert len(told) > 15
     assert told == pytest.approx(sums, rel=0.005)
+
+
+def test_every_kind_of_error_is_documented_with_its_status(tmp_path):
+    page = (ROOT / "docs/errors.md").read_text()
+    said = re.findall(r"^\| `([\w-]+)` \| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    example = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])
+    settings = Settings(data_dir=tmp_path, broker_url="memory://")
+
+    with TestClient(create_app(settings), base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as http:
+        answer = http.get("/v1/series/1.2.3").json()
+
+    statuses = {
+        kind: next((STATUSES[each] for each in error.__mro__ if each in STATUSES), None)
+        for kind, error in kinds().items()
+    }
+    assert {(kind, int(status), when) for kind, status, when in said} - {
+        ("invalid-request", 422, "The request does not match the schema; `errors` says where. Below `/dicom-web` 400."),
+        ("request-timeout", 408, "A body that stands still, or takes too long."),
+    } == {
+        (kind, status, kinds()[kind].__doc__.partition("\n")[0])
+        for kind, status in statuses.items()
+        if status and kind != "invalid-request"
+    }
+    assert answer == example
+
+
+def test_every_option_of_a_head_is_documented_with_its_default():
+    page = (ROOT / "docs/heads.md").read_text()
+    table = page[page.index("| option | default |") : page.index("## Protocols")]
+    said = {}
+    for names, values in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):
+        said |= dict(zip(re.findall(r"`(\w+)`", names), values.replace("`", "").split(", "), strict=False))
+
+    written = {"true": "True", "none": "()", "1e-4": "0.0001"}
+    told = {name: written.get(value, value) for name, value in said.items()}
+
+    defaults = {name: str(value) for name, value in vars(HeadOptions()).items()}
+    assert told.keys() - {"encoder", "splits_of", "name"} == defaults.keys()
+    assert told | defaults | {"permutations": told["permutations"]} == told  # whose default is the table's size's
+
+
+def test_every_bench_is_documented():
+    benches = {path.name for path in (ROOT / "bench").glob("*.py") if "__main__" in path.read_text()}
+    page = (ROOT / "docs/performance.md").read_text()
+
+    assert set(re.findall(r"^\| `python bench/(\w+\.py)` \|", page, re.MULTILINE)) == benches
 
 
 def test_the_walk_is_ten_files():
