@@ -21,4 +21,4 @@ VOLUME /data
 EXPOSE 8000
 # Says what CMD does, so that the API refuses to start without a key.
 ENV KEYSLICE_HOST=0.0.0.0
-CMD ["uvicorn", "--factory", "service.app:create_app", "--host", "0.0.0.0", "--port", "8000", "--no-access-log"]
+CMD ["uvicorn", "--factory", "service.app:create_app", "--host", "0.0.0.0", "--port", "8000", "--no-access-log", "--timeout-keep-alive", "75"]

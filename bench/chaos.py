@@ -132,7 +132,8 @@ def run(folder: Path, count: int, seconds: float, dice: random.Random) -> tuple[
             settings = Settings(data_dir=data, port=port, weights_dir=Path(weights))
             data.mkdir(parents=True)
             with Disturbed(settings, data, Path(run_dir)) as service:
-                counts = disturb(service, f"http://127.0.0.1:{port}", names, seconds, full, dice)
+                wait_until_indexed(address := f"http://127.0.0.1:{port}", 0)
+                counts = disturb(service, address, names, seconds, full, dice)
         with console.status("started once more"), in_background(data, KEYSLICE_WEIGHTS_DIR=weights) as running:
             wait_until_indexed(running.address, count)
         found = compare(folder / "calm", data, names, sum(n for kind, n in counts.items() if kind.startswith("kill")))

@@ -82,10 +82,8 @@ def cached_heads(stores: Stores) -> Callable[[str], HeadRunner]:
 
     @lru_cache(HEADS_IN_MEMORY)
     def load(head_id: str) -> HeadRunner:
-        graph = stores.heads.ready(head_id).graph
-        assert graph is not None  # a ready head has one
         try:
-            return HeadRunner(graph)
+            return HeadRunner(stores.heads.graph(head_id))
         except OtherGraph as error:
             raise HeadNotReady(
                 f"head {head_id} was stored by an earlier version: train it again", state="ready"

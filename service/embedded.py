@@ -33,6 +33,7 @@ STOP_SECONDS = 20.0  # a child's time to finish before it is killed
 HEALTHY_SECONDS = 10.0  # a child that lived this long starts again at once; one that did not waits longer each time
 LONGEST_WAIT_SECONDS = 15.0
 READY_SECONDS = 180.0
+KEEP_ALIVE_SECONDS = 75  # longer than proxies and clients keep a connection, or they ask on one just closed
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 log = logging.getLogger(__name__)
@@ -197,9 +198,10 @@ def parts(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:
     worker = ["celery", "-A", "workers.app", "worker", "--loglevel", "info"]
     quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
     api = ["uvicorn", "--factory", "service.app:create_app", "--host", settings.host, "--port", str(settings.port)]
-    children.append(Child("worker", python + worker + quiet, environment))
     # No access log: its paths would carry patient ids.
-    children.append(Child("api", [*python, *api, "--no-access-log", "--log-level", "warning"], environment))
+    api += ["--no-access-log", "--log-level", "warning", "--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)]
+    children.append(Child("worker", python + worker + quiet, environment))
+    children.append(Child("api", python + api, environment))
     if settings.receive_port:
         children.append(Child("receiver", [*python, "workers.receiver"], environment))
     return children

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from serving import client_over
+from sqlalchemy import inspect
 from typer.testing import CliRunner
 
 from models.heads.options import HeadOptions
@@ -113,6 +114,14 @@ def test_a_name_means_its_first_version_until_another_is_promoted(http, worker, 
     answer = predict(http, "nodule").json()
     assert (answer["head_id"], answer["head_name"], answer["head_version"]) == (second["head_id"], "nodule", 2)
     assert not http.get("/v1/heads/nodule@1").json()["promoted"]
+
+
+def test_a_head_is_looked_up_without_its_megabytes(http, worker, patients):
+    head_id = train(http, worker, patients)["head_id"]
+
+    assert inspect(worker.stores.heads.ready(head_id)).unloaded == {"weights", "graph"}
+    assert worker.stores.heads.weights(head_id)
+    assert worker.stores.heads.graph(head_id)
 
 
 def test_a_head_without_a_name_goes_by_its_id(http, worker, patients):

@@ -58,7 +58,7 @@ def test_a_series_that_embeds_to_nan_fails_with_the_reason_and_leaves_no_bag(wor
     assert not pipeline.embed_series(*(key.series_uid, key.encoder_id), worker)
 
     assert ending(worker) == ("failed", "3 of 3 instances embed to NaN or infinity")
-    assert list((worker.settings.data_dir / "bags").iterdir()) == []
+    assert list((worker.settings.data_dir / "bags").rglob("*")) == []
 
 
 def test_an_embedding_too_large_for_float16_fails_too(worker, state):

@@ -27,8 +27,7 @@ def heat_map(spot: HeatSpot, worker: Resources) -> None:
     key = EmbeddingKey(spot.series_uid, head.encoder_id)
     receipt, bag = stores.bags.receipt(key, spot.content), stores.bags.get(key, spot.content)
     window = receipt["windows"].index(spot.window)
-    assert head.weights is not None  # a ready head has them
-    ensemble = from_safetensors(head.weights, HeadOptions(**head.options))
+    ensemble = from_safetensors(stores.heads.weights(head.head_id), HeadOptions(**head.options))
     flat = bag.reshape(-1, bag.shape[2])  # (instances, dim)
     gradient = label_gradient(
         ensemble, flat, spot.slice * len(receipt["windows"]) + window, head.labels.index(spot.label)

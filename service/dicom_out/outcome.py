@@ -51,7 +51,7 @@ def outcome_of(explained: Explained, stores: Stores) -> Outcome:
     top = [] if volumes else explained.top_slices()
     return Outcome(
         head_id=head.head_id,
-        head_version=hashlib.sha256(head.weights or b"").hexdigest()[:VERSION_LENGTH],
+        head_version=hashlib.sha256(stores.heads.weights(head.head_id)).hexdigest()[:VERSION_LENGTH],
         encoder_id=head.encoder_id,
         windows=tuple(bag.windows),
         probabilities=explained.probabilities,

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool
 from starlette.concurrency import run_in_threadpool
 
 from service.audited import Shown
-from service.deps import EncodersDep, RoomDep, SettingsDep, ShownDep, StoresDep, needs
+from service.deps import EncoderNames, EncodersDep, RoomDep, SettingsDep, ShownDep, StoresDep, needs
 from service.dicomweb.addresses import PREFIX, Addresses
 from service.dicomweb.attributes import Level
 from service.dicomweb.media import DICOM_JSON, JSON, Media, chosen
@@ -109,7 +110,7 @@ async def store_instances(
     shown: ShownDep,
 ) -> Response:
     """STOW-RS: store slices of any study. Their series are embedded once they are whole."""
-    return await _stored(request, None, stores, settings, encoders.id(None), accept, addresses, room, shown)
+    return await _stored(request, None, stores, settings, encoders, accept, addresses, room, shown)
 
 
 @router.post(
@@ -131,7 +132,7 @@ async def store_instances_of_study(
     shown: ShownDep,
 ) -> Response:
     """STOW-RS: store slices of one study; those of another are refused."""
-    return await _stored(request, study, stores, settings, encoders.id(None), accept, addresses, room, shown)
+    return await _stored(request, study, stores, settings, encoders, accept, addresses, room, shown)
 
 
 @router.get(
@@ -211,14 +212,15 @@ async def _stored(
     study: str | None,
     stores: Stores,
     settings: Settings,
-    encoder_id: str,
+    encoders: EncoderNames,
     accept: str,
     addresses: Addresses,
     room: Room,
     shown: Shown,
 ) -> Response:
     media = chosen(accept, [Media(DICOM_JSON), Media(JSON)]).media.kind  # before a body is taken that has no answer
-    with staging(settings.staging_dir) as folder:
+    encoder_id = await run_in_threadpool(encoders.id, None)
+    async with contextmanager_in_threadpool(staging(settings.staging_dir)) as folder:
         files = await receive_instances(
             request.stream(),
             request.headers.get("content-type", ""),

@@ -93,4 +93,4 @@ def get_comparison(
 def get_weights(head_id: Text, stores: StoresDep) -> Response:
     """The weights of every fold as safetensors: `heads.<fold>.<tensor>` of models/abmil.py, and `temperature`."""
     name = {"Content-Disposition": f'attachment; filename="head-{head_id}.safetensors"'}
-    return Response(stores.heads.ready(head_id).weights, media_type="application/octet-stream", headers=name)
+    return Response(stores.heads.weights(head_id), media_type="application/octet-stream", headers=name)

@@ -13,12 +13,13 @@ from service.storage.tables import now
 router = APIRouter(tags=["health"])
 
 MIN_CANARY_COSINE = 0.999
+VERSION = version("keyslice")  # looked up among all installed packages: once
 
 
 @router.get("/healthz")
 def healthz() -> Health:
     """The process answers."""
-    return Health(status="ok", version=version("keyslice"))
+    return Health(status="ok", version=VERSION)
 
 
 @router.get("/readyz", responses={503: {"model": Readiness}})

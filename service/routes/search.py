@@ -86,7 +86,7 @@ async def search_by_image(
     503 while no worker has time; ask again.
     """
     asked = _parsed(query)
-    spec, encoder_id = encoders.spec(encoder), encoders.id(encoder)
+    spec, encoder_id = await run_in_threadpool(lambda: (encoders.spec(encoder), encoders.id(encoder)))
     if spec.kind != "slice2d":
         raise BadQuery("this encoder reads whole volumes; only an encoder of slices embeds one")
     _check(asked, spec, settings, asked.window)

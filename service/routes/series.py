@@ -5,6 +5,7 @@ from typing import Annotated
 
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
@@ -62,8 +63,8 @@ async def post_series(
     ] = "",
 ) -> UploadReceived:
     """Take DICOM series and NIfTI volumes in and embed them. The same upload again changes nothing."""
-    encoder_id = encoders.id(encoder)
-    with staging(settings.staging_dir) as folder:
+    encoder_id = await run_in_threadpool(encoders.id, encoder)
+    async with contextmanager_in_threadpool(staging(settings.staging_dir)) as folder:
         files = await receive_files(
             request.stream(),
             request.headers.get("content-type", ""),

@@ -14,6 +14,9 @@ from sqlalchemy.orm import Session
 
 SCRUBBED = 1  # user_version of an SQLite file whose every page was written with secure_delete
 BLOCK_BYTES = 2**22
+SQLITE_CONNECTIONS = (
+    40  # as many as Starlette has threads: what is over would be opened and set up anew for each request
+)
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 
 
@@ -93,7 +96,8 @@ def alone(session: Session, name: str) -> None:
 
 def open_engine(url: str) -> Engine:
     # hide_parameters: an error must not quote a patient.
-    engine = create_engine(url, hide_parameters=True, pool_pre_ping=not url.startswith("sqlite"))
+    own: dict[str, Any] = {"pool_size": SQLITE_CONNECTIONS} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    engine = create_engine(url, hide_parameters=True, **own)
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _sqlite_pragmas)
         event.listen(engine, "begin", _sqlite_begin)
@@ -111,8 +115,9 @@ def upgrade(url: str, lock_dir: Path) -> None:
 
 def _sqlite_pragmas(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # BEGIN is ours: see _sqlite_begin
-    # secure_delete: what is deleted is overwritten with zeros, for scrub() to be short.
-    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=30000", "secure_delete=ON"):
+    # busy_timeout first: the others may have to wait. secure_delete: what is deleted is overwritten with zeros, for
+    # scrub() to be short.
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "foreign_keys=ON", "secure_delete=ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -88,7 +88,7 @@ class Heads:
 
     def promote(self, reference: str) -> HeadRow:
         """From now on the head's name alone means this version. Raises HeadNotFound or HeadNotReady."""
-        head_id = self._ready(reference).head_id
+        head_id = self.ready(reference).head_id
         with self._database.write() as session:
             versions = _versions(session, session.get_one(HeadRow, head_id).name)
             for row in versions.values():
@@ -123,8 +123,16 @@ class Heads:
             return [*session.scalars(query)]
 
     def ready(self, reference: str) -> HeadRow:
-        """A trained head with its weights. Raises HeadNotFound or HeadNotReady."""
-        return self._ready(reference, undefer(HeadRow.weights), undefer(HeadRow.graph))
+        """A trained head, without its megabytes. Raises HeadNotFound or HeadNotReady."""
+        return self._ready(reference)
+
+    def weights(self, reference: str) -> bytes:
+        """Of a trained head, as safetensors. Raises as ready() does."""
+        return self._ready(reference, undefer(HeadRow.weights)).weights or b""
+
+    def graph(self, reference: str) -> bytes:
+        """Of a trained head, as ONNX. Raises as ready() does."""
+        return self._ready(reference, undefer(HeadRow.graph)).graph or b""
 
     def _ready(self, reference: str, *options: Any) -> HeadRow:
         row = self._find(reference, *options)
