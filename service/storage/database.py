@@ -8,6 +8,8 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from filelock import FileLock
 from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.orm import Session
@@ -104,13 +106,28 @@ def open_engine(url: str) -> Engine:
     return engine
 
 
+class SchemaIsNewer(Exception):
+    """A newer version of Keyslice has opened the catalog."""
+
+
 def upgrade(url: str, lock_dir: Path) -> None:
-    """Bring the schema to the newest revision; several processes may start at once."""
+    """Bring the schema to the newest revision; several processes may start at once. Raises SchemaIsNewer."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["url"] = url
     with FileLock(lock_dir / "migrations.lock"):
+        _refuse_newer(url, ScriptDirectory.from_config(config))
         command.upgrade(config, "head")
+
+
+def _refuse_newer(url: str, ours: ScriptDirectory) -> None:
+    with open_engine(url).connect() as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+    if found and found not in {each.revision for each in ours.walk_revisions()}:
+        raise SchemaIsNewer(
+            f"the catalog's schema is of revision {found}, expected {ours.get_current_head()} or earlier: a newer "
+            "version of Keyslice has opened it; run that one, or restore the backup made before"
+        )
 
 
 def _sqlite_pragmas(connection: Any, _record: Any) -> None:
