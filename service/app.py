@@ -70,6 +70,7 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.BadRequest: 422,
     errors.NoRoom: 507,
     errors.BrokerDown: 503,
+    errors.ProviderAway: 503,
     errors.ErasureUnfinished: 503,
     errors.WorkersBusy: 503,
 }

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.auth import ANYONE_HERE, Caller
+from service.auth import Caller
 from service.dicomweb.addresses import PREFIX
 from service.recorder import Recorder
 from service.storage.chain import MOST_SERIES, Event, Outcome
@@ -210,7 +210,7 @@ class _Call:
 
 
 def who(caller: Caller) -> str:
-    return "local" if caller == ANYONE_HERE else f"key:{caller.key_id}"
+    return caller.name
 
 
 def _outcome(status: int) -> Outcome:

@@ -1,4 +1,4 @@
-"""Who is calling: by API key, or nobody in particular on a machine that is open to itself.
+"""Who is calling: by API key, by a provider's token, or nobody in particular on a machine that is open to itself.
 
 The rule is docs/decisions/0021: a key is needed as soon as one was ever made, or callers of other machines are let in.
 """
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service import errors
 from service.allowance import Allowance
 from service.local import from_elsewhere, names_loopback
+from service.oidc import Provider
 from service.routes import page
 from service.settings import Settings, is_loopback
 from service.storage import api_keys
@@ -33,6 +34,8 @@ READ_SECONDS = 1.0  # after which keys are read again: as long a revoked one may
 NOTED_SECONDS = 3600.0  # between two notes that a key was used
 NO_DIGEST = bytes(32)  # compared with for an id that is not there, so that the time does not tell
 
+DOTS_OF_A_JWT = 2  # RFC 7515, section 7.1
+
 MAKE_ONE = "make one with `keyslice keys create`"
 
 log = logging.getLogger(__name__)
@@ -44,11 +47,11 @@ class NoUsableKey(Exception):
 
 @dataclass(frozen=True)
 class Caller:
-    key_id: str
+    name: str  # key:ID, user:SUBJECT or local
     scopes: frozenset[str]
 
 
-ANYONE_HERE = Caller("open", frozenset(get_args(api_keys.Scope)))
+ANYONE_HERE = Caller("local", frozenset(get_args(api_keys.Scope)))
 
 
 def exposed(settings: Settings) -> str | None:
@@ -63,7 +66,7 @@ def exposed(settings: Settings) -> str | None:
 def require_key(settings: Settings, keys: ApiKeys) -> None:
     """Before listening. Raises NoUsableKey."""
     found = exposed(settings)
-    if found and not any(row.state == "active" for row in keys.list()):
+    if found and not settings.oidc_issuer and not any(row.state == "active" for row in keys.list()):
         raise NoUsableKey(f"{found}, expected a loopback address or an API key that can be used: {MAKE_ONE}")
 
 
@@ -72,7 +75,8 @@ class Access:
 
     def __init__(self, keys: ApiKeys, settings: Settings, read_seconds: float = READ_SECONDS) -> None:
         self._keys = keys
-        self._exposed = exposed(settings)
+        self._provider = Provider.of(settings)
+        self._closed = exposed(settings) is not None or self._provider is not None
         self._origins = settings.cors_origins
         self._allowance = Allowance(settings.rate_limit)
         self._read_seconds = read_seconds
@@ -81,11 +85,10 @@ class Access:
         self._known = self._read()
 
     async def caller(self, request: Request) -> Caller:
-        """Raises Unauthenticated or TooManyRequests."""
+        """Raises Unauthenticated, ProviderAway or TooManyRequests."""
         await self._refresh()
-        if self._known or self._exposed:
-            caller = self._of_key(request.headers.get("authorization"))
-            await self._note(caller.key_id)
+        if self._known or self._closed:
+            caller = await self._of_token(request.headers.get("authorization"))
         else:
             if reason := from_elsewhere(request, self._origins):
                 raise errors.Unauthenticated(
@@ -93,23 +96,30 @@ class Access:
                     reason="not_local",
                 )
             caller = ANYONE_HERE
-        self._allowance.take(caller.key_id)
+        self._allowance.take(caller.name)
         return caller
 
-    def _of_key(self, authorization: str | None) -> Caller:
+    async def _of_token(self, authorization: str | None) -> Caller:
         if authorization is None:
             raise errors.Unauthenticated("no key came with it, expected Authorization: Bearer ks_...", reason="missing")
         scheme, _, token = authorization.partition(" ")
-        read = read_token(token.strip()) if scheme.lower() == "bearer" else None
-        if read is None:
-            raise errors.Unauthenticated("what came is no API key, expected Bearer ks_...", reason="malformed")
-        key_id, digest = read
+        token = token.strip() if scheme.lower() == "bearer" else ""
+        if read := read_token(token):
+            caller = self._of_key(*read)
+            await self._note(read[0])
+            return caller
+        if self._provider and token.count(".") == DOTS_OF_A_JWT:
+            bearer = await run_in_threadpool(self._provider.bearer, token)
+            return Caller(f"user:{bearer.subject}", bearer.scopes)
+        raise errors.Unauthenticated("what came is no API key, expected Bearer ks_...", reason="malformed")
+
+    def _of_key(self, key_id: str, digest: bytes) -> Caller:
         row = self._known.get(key_id)
         if not hmac.compare_digest(row.digest if row else NO_DIGEST, digest) or row is None:
             raise errors.Unauthenticated("no such API key", reason="unknown")
         if row.state != "active":
             raise errors.Unauthenticated(f"key {key_id} is {row.state}", reason=row.state)
-        return Caller(key_id, frozenset(row.scopes))
+        return Caller(f"key:{key_id}", frozenset(row.scopes))
 
     async def _refresh(self) -> None:
         if time.monotonic() - self._read_at < self._read_seconds:

@@ -167,7 +167,7 @@ async def _allowed(needed: SecurityScopes, caller: CallerDep, _: Annotated[Any, 
     if caller.scopes.isdisjoint(needed.scopes):
         found, expected = sorted(caller.scopes), needed.scopes
         raise ScopeMissing(
-            f"key {caller.key_id} has {', '.join(found)}, expected {' or '.join(expected)}",
+            f"{caller.name} has {', '.join(found) or 'no scope'}, expected {' or '.join(expected)}",
             scopes=found,
             needed=expected,
         )

@@ -213,6 +213,10 @@ class Unauthenticated(KeysliceError):
     """No usable API key came with the request."""
 
 
+class ProviderAway(KeysliceError):
+    """The identity provider, whose keys are needed to know the caller, does not answer."""
+
+
 class ScopeMissing(KeysliceError):
     """The API key does not have the scope that this needs."""
 

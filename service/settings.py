@@ -4,6 +4,7 @@ import ipaddress
 import re
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -44,6 +45,12 @@ class Settings(BaseSettings):
     rate_limit: int | None = Field(
         None, gt=0, description="requests per minute of one API key, to each API process; unset, any number"
     )
+
+    oidc_issuer: str | None = Field(
+        None, description="https address of the OpenID Connect provider whose access tokens count beside API keys"
+    )
+    oidc_audience: str | None = Field(None, description="whom such tokens must be for")
+    oidc_claim: str = Field("scope", description="the claim that has such tokens' scopes, as keyslice:read")
 
     series_quiet_seconds: float = Field(
         60.0, ge=0, description="without another slice, after which a series that came by network counts as whole"
@@ -149,6 +156,17 @@ class Settings(BaseSettings):
             raise ValueError("credentials of a DICOMweb server without KEYSLICE_DICOMWEB_SERVER, the one they are of")
         if bool(self.dicomweb_user) != bool(self.dicomweb_password):
             raise ValueError("KEYSLICE_DICOMWEB_USER and KEYSLICE_DICOMWEB_PASSWORD, expected both or none")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_provider(self) -> Self:
+        if bool(self.oidc_issuer) != bool(self.oidc_audience):
+            raise ValueError("KEYSLICE_OIDC_ISSUER and KEYSLICE_OIDC_AUDIENCE, expected both or none")
+        if self.oidc_issuer and not (
+            (address := urlsplit(self.oidc_issuer)).scheme == "https"
+            or (address.scheme == "http" and is_loopback(address.hostname or ""))
+        ):
+            raise ValueError("KEYSLICE_OIDC_ISSUER, expected an address that starts with https://")
         return self
 
     @field_validator("calling_aets")

@@ -304,15 +304,15 @@ def test_a_machine_without_keys_is_open_to_itself_until_there_is_one(keys, setti
 
     first, row, second = asyncio.run(before_and_after())
 
-    assert (first.key_id, first.scopes) == ("open", frozenset(SCOPES))
-    assert (second.key_id, second.scopes) == (row.key_id, frozenset({"read"}))
+    assert (first.name, first.scopes) == ("local", frozenset(SCOPES))
+    assert (second.name, second.scopes) == (f"key:{row.key_id}", frozenset({"read"}))
 
 
 def test_a_revoked_key_ends_and_the_service_does_not_open_again(keys, settings):
     async def revoke():
         row, key = keys.create("gone", ["read"], None)
         access = Access(keys, settings, read_seconds=0)
-        assert (await access.caller(request(authorization=f"Bearer {key}"))).key_id == row.key_id
+        assert (await access.caller(request(authorization=f"Bearer {key}"))).name == f"key:{row.key_id}"
         ended = keys.revoke(row.key_id).revoked_at
         assert keys.revoke(row.key_id).revoked_at == ended
         for asked in (request(authorization=f"Bearer {key}"), request()):
@@ -360,7 +360,7 @@ def test_known_keys_outlast_a_catalog_that_is_away(settings):
             session.connection().exec_driver_sql("ALTER TABLE api_keys RENAME TO elsewhere")
         return await access.caller(request(authorization=f"Bearer {key}"))
 
-    assert asyncio.run(without_catalog()).key_id == row.key_id
+    assert asyncio.run(without_catalog()).name == f"key:{row.key_id}"
 
 
 @pytest.mark.parametrize(

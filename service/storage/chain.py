@@ -33,7 +33,7 @@ SERVICE = "service"  # who, where nobody asked
 class Event:
     """Something that was done or tried. Names are in memory alone: what is stored has the catalog's opaque keys."""
 
-    who: str  # key:ID, aet:TITLE, local, command:USER, export:ID or service
+    who: str  # key:ID, user:SUBJECT, aet:TITLE, local, command:USER, export:ID or service
     kind: str
     outcome: Outcome = "done"
     status: int | None = None  # of HTTP, or of DIMSE for C-STORE
