@@ -19,6 +19,7 @@ from bench.export import write_export
 from service.intake import take_in
 from service.settings import Settings
 from service.storage.bags import Bags
+from service.storage.folder import Folder
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores, open_stores
 from service.uploads import StagedFile, staging
@@ -79,7 +80,7 @@ def bag_bytes(folder: Path) -> tuple[int, int]:
     """Of one bag with its receipt, and of how many files it is."""
     uids = ["1." + f"{number:0>62}" for number in range(BAG[0])]
     receipt = {"sop_uids": uids, "z_mm": [2.5 * number - 375 for number in range(BAG[0])], "frames": [None] * BAG[0]}
-    Bags(folder).put(EmbeddingKey(uids[0], ENCODER), "0" * 16, np.ones(BAG, np.float16), receipt)
+    Bags(Folder(folder)).put(EmbeddingKey(uids[0], ENCODER), "0" * 16, np.ones(BAG, np.float16), receipt)
     files = [path for path in folder.rglob("*") if path.is_file()]
     return sum(path.stat().st_size for path in files), len(files)
 

@@ -71,6 +71,7 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.NoRoom: 507,
     errors.BrokerDown: 503,
     errors.ProviderAway: 503,
+    errors.StorageUnreachable: 503,
     errors.ErasureUnfinished: 503,
     errors.WorkersBusy: 503,
 }
@@ -177,7 +178,7 @@ async def _sweep_for_ever(sweep: Callable[[], None], seconds: float) -> None:
         await asyncio.sleep(seconds)
         try:
             await run_in_threadpool(sweep)
-        except errors.BrokerDown as error:
+        except (errors.BrokerDown, errors.StorageUnreachable) as error:
             log.warning("sweep: %s", error)
         except Exception as error:  # a catalog that is away comes back; the sweep must be there then
             log.error("sweep: %s", type(error).__name__)

@@ -21,10 +21,10 @@ from service.queue import Queue
 from service.settings import Settings
 from service.storage.archive import Archive
 from service.storage.bags import Bags
-from service.storage.folder import Folder
 from service.storage.index import SliceIndex, SliceRows
 from service.storage.keys import EmbeddingKey
-from service.storage.stores import Stores, open_stores
+from service.storage.objects import Objects
+from service.storage.stores import Stores, objects_of, open_stores
 
 PACKAGES = ("keyslice", "torch", "timm", "onnxruntime", "pydicom", "zarr", "lancedb", "fastapi", "celery", "sqlalchemy")
 OLDEST_PYTHON = (3, 11)
@@ -48,7 +48,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _tried("device", _device)
     yield _tried("disk", lambda: _disk(settings))
     yield _tried("archive", lambda: _archive(settings.data_dir / "archive"))
-    yield _tried("bags", lambda: _bags(settings.data_dir / "bags"))
+    yield _tried("bags", lambda: _bags(objects_of(settings, "bags")))
     yield _tried("index", lambda: _index(settings.data_dir / "index"))
     try:
         stores = open_stores(settings)
@@ -136,18 +136,19 @@ def _archive(root: Path) -> str:
         return _took("a file", started)
 
 
-def _bags(root: Path) -> str:
-    with _beside(root) as folder:
-        started, store, key, bag = (
-            time.perf_counter(),
-            Bags(Folder(folder), verify=True),
-            EmbeddingKey("1", "toy"),
-            _bag(),
-        )
+def _bags(place: Objects) -> str:
+    folder = f".doctor-{uuid.uuid4().hex[:8]}"
+    started, store, key, bag = time.perf_counter(), Bags(place.below(folder), True), EmbeddingKey("1", "toy"), _bag()
+    try:
         store.put(key, "content", bag, {"windows": ["lung"]})
         if not np.array_equal(store.get(key, "content"), bag):
             raise Ailing("a bag did not read as it was written")
-        return _took("a bag", started)
+        said = _took("a bag", started)
+    finally:
+        place.remove(folder)
+    if place.keeps_versions():
+        raise Ailing("the bucket keeps versions: what is erased stays in it, expected versioning to be off")
+    return said
 
 
 def _index(root: Path) -> str:

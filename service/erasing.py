@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from models.ct.header import NotDicom, read_header
-from service.errors import BrokerDown, ErasureUnfinished, KeysliceError
+from service.errors import BrokerDown, ErasureUnfinished, KeysliceError, StorageUnreachable
 from service.indexing import LEASE as INDEX_LEASE
 from service.indexing import LEASE_SECONDS as INDEX_LEASE_SECONDS
 from service.indexing import rebuild
@@ -65,7 +65,11 @@ class Eraser:
         while (row := self.stores.erasures.get(erasure_id)).erased_at is None:
             with self._lease(f"erasure {erasure_id}", end, erasure_id):
                 if self.stores.erasures.get(erasure_id).erased_at is None:
-                    self._run(erasure_id, end)
+                    try:
+                        self._run(erasure_id, end)
+                    except (BrokerDown, StorageUnreachable) as error:
+                        message = f"erasure {erasure_id} goes on by itself: {error}"
+                        raise ErasureUnfinished(message, erasure_id=erasure_id) from error
         return row
 
     def _run(self, erasure_id: str, end: float) -> None:
@@ -128,12 +132,7 @@ class Eraser:
             rebuild(row, stores, self.settings, held)
 
     def _broker(self, erasure_id: str, doomed: Doomed) -> None:
-        try:
-            self.stores.erasures.note(erasure_id, {"messages": self.queue.forget(set(doomed.series_uids))})
-        except BrokerDown as error:
-            raise ErasureUnfinished(
-                f"erasure {erasure_id} goes on by itself: {error}", erasure_id=erasure_id
-            ) from error
+        self.stores.erasures.note(erasure_id, {"messages": self.queue.forget(set(doomed.series_uids))})
 
     @contextmanager
     def _lease(self, name: str, end: float, erasure_id: str) -> Iterator[Held]:

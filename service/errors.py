@@ -27,7 +27,7 @@ KeysliceError
 ├── PeerNotAllowed, PeerFailed
 ├── SourceFailed            SourceRefused, CredentialsRefused, SourceNotFound, SourceAway
 ├── NoRoom
-├── BrokerDown
+├── BrokerDown, StorageUnreachable
 ├── ErasureUnfinished
 ├── WorkersBusy
 └── ServiceAway, JobFailed      of a client alone
@@ -267,6 +267,10 @@ class NoRoom(KeysliceError):
 
 class BrokerDown(KeysliceError):
     """The message broker does not answer."""
+
+
+class StorageUnreachable(KeysliceError, OSError):
+    """The object store does not answer, or refuses."""
 
 
 class ErasureUnfinished(KeysliceError):

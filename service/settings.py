@@ -13,7 +13,7 @@ from models.modes import Mode, in_mode
 from models.specs import MissingWeights, encoder_id
 from models.zoo import DEFAULT_ENCODER, encoders
 from service.dicom_out.peers import AE_TITLE, parse_peers
-from service.remotes import parse_remote
+from service.remotes import S3Prefix, parse_remote
 
 
 class Settings(BaseSettings):
@@ -26,6 +26,9 @@ class Settings(BaseSettings):
     data_dir: Path = Field(Path("data"), description="archive, bags, index, catalog and the embedded broker's log")
     weights_dir: Path | None = Field(None, description="weights that no package brings; default <data_dir>/weights")
     database_url: str | None = Field(None, description="SQLAlchemy URL; default SQLite at <data_dir>/catalog.db")
+    object_store: str | None = Field(
+        None, description="s3://bucket/prefix where bags lie instead of in the data directory"
+    )
     broker_url: str | None = Field(None, description="Redis or Valkey URL; unset, `keyslice up` starts its own Valkey")
     encoder: str = Field(DEFAULT_ENCODER, description="the encoder of uploads that name none")
     mode: Mode = Field("exact", description="how encoders run: exact (fp32), fast (reduced precision), bulk (compiled)")
@@ -139,6 +142,14 @@ class Settings(BaseSettings):
                 raise ValueError(f"unknown encoder {name!r}, expected one of {', '.join(known)}")
         return name
 
+    @field_validator("object_store")
+    @classmethod
+    def _readable_bucket(cls, uri: str | None) -> str | None:
+        place = parse_remote(uri) if uri else None
+        if place is not None and not isinstance(place, S3Prefix):
+            raise ValueError("expected s3://bucket/prefix")
+        return str(place) if place else None
+
     @field_validator("dicom_peers")
     @classmethod
     def _readable_peers(cls, peers: str) -> str:
@@ -185,6 +196,12 @@ class Settings(BaseSettings):
     @property
     def catalog_url(self) -> str:
         return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'catalog.db'}"
+
+    @property
+    def bucket(self) -> S3Prefix | None:
+        """The object store, where there is one."""
+        place = parse_remote(self.object_store) if self.object_store else None
+        return place if isinstance(place, S3Prefix) else None
 
     @property
     def audit_secret(self) -> bytes | None:

@@ -3,14 +3,15 @@
 import getpass
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from service.errors import KeysliceError, Unauthenticated
+from service.errors import KeysliceError, StorageUnreachable, Unauthenticated
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -66,6 +67,15 @@ def told(error: KeysliceError) -> str:
     status = f"{error.found['status']}: " if "status" in error.found else ""
     hint = "; KEYSLICE_API_KEY is the key that is sent" if isinstance(error, Unauthenticated) else ""
     return f"{status}{error}{hint}"
+
+
+@contextmanager
+def reaching_storage() -> Iterator[None]:
+    """The process ends where the object store is away."""
+    try:
+        yield
+    except StorageUnreachable as error:
+        fail(str(error), status=1)
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -9,10 +9,12 @@ from typing import Any
 import httpx
 import pytest
 import sqlalchemy
-from buckets import NAME
+from buckets import NAME, bucket_below
 
 from service.embedded import Running, in_background
 from service.settings import Settings
+from service.storage.folder import Folder
+from service.storage.objects import Objects
 from service.storage.stores import Stores, open_stores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,3 +133,12 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         client.delete_object(Bucket=NAME, Key=found["Key"])
     client.delete_bucket_policy(Bucket=NAME)
     client.delete_bucket(Bucket=NAME)
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
+    """Where a store's bytes may lie: a directory, a prefix of a bucket."""
+    if request.param == "folder":
+        return Folder(tmp_path / "place")
+    request.getfixturevalue("s3")
+    return bucket_below("keyslice/place/")

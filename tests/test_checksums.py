@@ -6,6 +6,7 @@ import json
 import httpx
 import numpy as np
 import pytest
+from buckets import overwrite
 from posting import slice_files
 from searching import ENCODER, Made, embed_made, random_bag
 from starlette.testclient import TestClient
@@ -17,7 +18,6 @@ from service.indexing import index_bags, keep_index
 from service.intake import take_in
 from service.settings import Settings
 from service.storage.bags import Bags
-from service.storage.folder import Folder
 from service.storage.inspection import LOST_BAG
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import open_stores
@@ -141,42 +141,37 @@ def test_a_damaged_file_fails_its_embedding_and_says_why(stores, settings):
     assert (row.state, row.error) == ("failed", "1 of 3 files are not what arrived (SHA-256); send the series again")
 
 
-def chunk(root, content="c0"):
-    return root / ENCODER / "1.2.3" / f"{content}.zarr" / "c" / "0" / "0" / "0"
+BAG = f"{ENCODER}/1.2.3/c0.zarr"
+CHUNK, METADATA = f"{BAG}/c/0/0/0", f"{BAG}/zarr.json"
 
 
-def test_a_bag_says_its_own_checksums(tmp_path):
+def test_a_bag_says_its_own_checksums(place):
     receipt = {"windows": ["lung"], "z_mm": [0.1, 1e-7], "rescale": [(1.0, None)], "é": "ü"}
-    Bags(Folder(tmp_path)).put(KEY, "c0", random_bag(0), receipt)
+    Bags(place).put(KEY, "c0", random_bag(0), receipt)
 
-    said = json.loads((chunk(tmp_path).parents[3] / "zarr.json").read_text())["attributes"]
+    said = json.loads(place.read(METADATA))["attributes"]
 
     plain = json.dumps(said["receipt"], sort_keys=True, separators=(",", ":"))
     assert said["sha256"] == {
-        "embeddings": hashlib.sha256(chunk(tmp_path).read_bytes()).hexdigest(),
+        "embeddings": hashlib.sha256(place.read(CHUNK)).hexdigest(),
         "receipt": hashlib.sha256(plain.encode()).hexdigest(),
     }
-    assert Bags(Folder(tmp_path)).damage(KEY, "c0") is None
-
-
-def _receipt(root):
-    path = chunk(root).parents[3] / "zarr.json"
-    path.write_text(path.read_text().replace('"abdomen"', '"abdomem"'))
+    assert Bags(place).damage(KEY, "c0") is None
 
 
 HARMS = [
-    ("embeddings is another", lambda root: spoil(chunk(root))),
-    ("embeddings is another", lambda root: chunk(root).unlink()),
-    ("receipt is another", _receipt),
-    ("does not read", lambda root: (chunk(root).parents[3] / "zarr.json").write_text("{")),
+    ("embeddings is another", lambda place: overwrite(place, CHUNK, place.read(CHUNK)[:-1] + b"\x55")),
+    ("embeddings is another", lambda place: place.remove(CHUNK)),
+    ("receipt is another", lambda place: overwrite(place, METADATA, place.read(METADATA).replace(b"domen", b"domem"))),
+    ("does not read", lambda place: overwrite(place, METADATA, b"{")),
 ]
 
 
 @pytest.mark.parametrize(("said", "harm"), HARMS)
-def test_a_damaged_bag_is_told_refused_and_replaced_by_the_next_that_is_written(tmp_path, said, harm):
-    bags, bag, receipt = Bags(Folder(tmp_path), verify=True), random_bag(0), {"windows": ["abdomen"]}
+def test_a_damaged_bag_is_told_refused_and_replaced_by_the_next_that_is_written(place, said, harm):
+    bags, bag, receipt = Bags(place, verify=True), random_bag(0), {"windows": ["abdomen"]}
     bags.put(KEY, "c0", bag, receipt)
-    harm(tmp_path)
+    harm(place)
 
     assert said in bags.damage(KEY, "c0")
     for read in (bags.get, bags.receipt, lambda *which: bags.get_slice(*which, 0)):
@@ -185,24 +180,23 @@ def test_a_damaged_bag_is_told_refused_and_replaced_by_the_next_that_is_written(
     bags.put(KEY, "c0", bag, receipt)
 
     assert np.array_equal(bags.get(KEY, "c0"), bag)
-    assert [path.name for path in (tmp_path / ENCODER / "1.2.3").iterdir()] == ["c0.zarr"]
+    assert place.names(f"{ENCODER}/1.2.3") == ["c0.zarr"]
 
 
-def test_a_bag_of_zeros_which_zarr_writes_no_chunk_of_is_sound(tmp_path):
-    bags = Bags(Folder(tmp_path), verify=True)
+def test_a_bag_of_zeros_which_zarr_writes_no_chunk_of_is_sound(place):
+    bags = Bags(place, verify=True)
     bags.put(KEY, "c0", np.zeros((3, 2, 4), np.float16), {})
 
     assert bags.damage(KEY, "c0") is None
     assert not bags.get(KEY, "c0").any()
 
 
-def test_a_bag_of_before_there_were_checksums_reads_as_it_did(tmp_path):
-    bags, bag = Bags(Folder(tmp_path), verify=True), random_bag(0)
+def test_a_bag_of_before_there_were_checksums_reads_as_it_did(place):
+    bags, bag = Bags(place, verify=True), random_bag(0)
     bags.put(KEY, "c0", bag, {})
-    path = chunk(tmp_path).parents[3] / "zarr.json"
-    said = json.loads(path.read_text())
+    said = json.loads(place.read(METADATA))
     del said["attributes"]["sha256"]
-    path.write_text(json.dumps(said))
+    overwrite(place, METADATA, json.dumps(said).encode())
 
     assert bags.damage(KEY, "c0") is None
     assert np.array_equal(bags.get(KEY, "c0"), bag)

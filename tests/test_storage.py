@@ -1,6 +1,7 @@
 """Bags, archive and index: what is written, what a reader may see."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ def rows(bag: np.ndarray, series_uid: str = "1.2.3", patient: str = "p", study: 
     return SliceRows(EmbeddingKey(series_uid, ENCODER), patient, study, sop_uids, z_mm, ["abdomen", "lung"], bag)
 
 
-def test_a_bag_comes_back_with_its_receipt(tmp_path, bag):
-    bags = Bags(Folder(tmp_path))
+def test_a_bag_comes_back_with_its_receipt(place, bag):
+    bags = Bags(place)
 
     bags.put(KEY, "c0", bag, {"sop_uids": ["1"]})
 
@@ -49,8 +50,8 @@ def test_a_bag_is_one_chunk_that_numpy_reads_alone(tmp_path, bag):
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["numbers", "all zeros, of which Zarr writes no chunk"])
-def test_a_slice_is_read_without_the_others(tmp_path, bag, empty):
-    bags, stored = Bags(Folder(tmp_path)), np.zeros_like(bag) if empty else bag
+def test_a_slice_is_read_without_the_others(place, bag, empty):
+    bags, stored = Bags(place), np.zeros_like(bag) if empty else bag
     bags.put(KEY, "c0", stored, {})
 
     assert [np.array_equal(bags.get_slice(KEY, "c0", number), stored[number]) for number in range(5)] == 5 * [True]
@@ -173,11 +174,51 @@ def test_identities_are_stable():
     assert Identity("A").series_uid == Identity("A").series_uid != Identity("B").series_uid
 
 
-def test_a_bag_whose_chunk_went_with_it_is_not_read_as_zeros(tmp_path, bag):
-    folder = Folder(tmp_path)
-    Bags(folder).put(KEY, "c0", bag, {})
-    read = folder.read
-    folder.read = lambda name: (read(name), folder.remove(f"{ENCODER}/1.2.3/c0.zarr"))[0]
+def test_a_bag_whose_chunk_went_with_it_is_not_read_as_zeros(place, bag):
+    Bags(place).put(KEY, "c0", bag, {})
+    read = place.read
+    place.read = lambda name: (read(name), place.remove(f"{ENCODER}/1.2.3/c0.zarr"))[0]
 
     with pytest.raises(FileNotFoundError):
-        Bags(folder).get(KEY, "c0")
+        Bags(place).get(KEY, "c0")
+
+
+def test_a_bag_that_is_there_stays(place, bag):
+    bags = Bags(place)
+    bags.put(KEY, "c0", bag, {"by": "the first"})
+
+    bags.put(KEY, "c0", bag * 2, {"by": "the second"})
+
+    assert np.array_equal(bags.get(KEY, "c0"), bag)
+    assert bags.receipt(KEY, "c0") == {"by": "the first"}
+
+
+def test_everything_of_bags_is_named_kept_and_removed_by_series(place, bag):
+    bags, other = Bags(place), EmbeddingKey("1.2.34", ENCODER)
+    started = time.time()
+    for key, content in ((KEY, "c0"), (KEY, "c1"), (other, "c0")):
+        bags.put(key, content, bag, {})
+
+    assert sorted(bags.everything()) == [(KEY, "c0.zarr"), (KEY, "c1.zarr"), (other, "c0.zarr")]
+    assert bags.changed_at(KEY, "c1.zarr") == pytest.approx(started, abs=60)
+    assert bags.changed_at(KEY, "c2.zarr") is None
+    assert (bags.count("1.2.3"), bags.count("1.2.34"), bags.count("1.2")) == (2, 1, 0)
+    bags.keep_only(KEY, {"c1"})
+    assert sorted(bags.everything()) == [(KEY, "c1.zarr"), (other, "c0.zarr")]
+    bags.remove("1.2.3")
+    assert sorted(bags.everything()) == [(other, "c0.zarr")]
+    assert [bags.exists(*which) for which in ((KEY, "c1"), (other, "c0"))] == [False, True]
+
+
+def test_what_a_dead_writer_left_of_a_bag_is_no_bag_and_is_replaced(place, bag):
+    bags, chunk = Bags(place), f"{ENCODER}/1.2.3/c0.zarr/c/0/0/0"
+    bags.put(KEY, "c0", bag * 2, {})
+    place.remove(f"{ENCODER}/1.2.3/c0.zarr/zarr.json")  # as it is before the last of it is written
+
+    assert place.exists(chunk) and not bags.exists(KEY, "c0")
+    with pytest.raises(FileNotFoundError):
+        bags.get(KEY, "c0")
+    bags.put(KEY, "c0", bag, {})
+
+    assert np.array_equal(bags.get(KEY, "c0"), bag)
+    assert bags.damage(KEY, "c0") is None

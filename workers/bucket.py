@@ -9,22 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import tenacity
 from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
-    ReadTimeoutError,
-    ResponseStreamingError,
 )
 
 from service.errors import CredentialsRefused, SourceAway, SourceFailed, SourceNotFound, SourceRefused
 from service.remotes import S3Prefix
+from service.storage.bucket import again
 from service.storage.files import ExportFile
 from workers.sources import NotFetched, identified, in_threads, of_one_file
 
@@ -90,13 +87,7 @@ class Bucket:
         with _named_errors():
             return self._range(key, f"bytes={start}-{stop - 1}")
 
-    @tenacity.retry(
-        # boto3 tries a request again, but not a body that breaks off.
-        retry=tenacity.retry_if_exception_type((IncompleteReadError, ReadTimeoutError, ResponseStreamingError)),
-        stop=tenacity.stop_after_attempt(3),
-        wait=tenacity.wait_random_exponential(max=5),
-        reraise=True,
-    )
+    @again
     def _range(self, key: str, wanted: str) -> bytes:
         answer = self._client.get_object(Bucket=self._place.bucket, Key=key, Range=wanted)
         content: bytes = answer["Body"].read()

@@ -27,7 +27,7 @@ from models.load import Encoder, canary
 from models.runtimes import CannotRun
 from models.specs import LicenceForbids, MissingWeights, WrongWeights
 from models.zoo import encoders
-from service.errors import Damaged
+from service.errors import Damaged, StorageUnreachable
 from service.storage.archive import content_of
 from service.storage.keys import EmbeddingKey
 from service.storage.tables import HeadRow, now
@@ -77,7 +77,7 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
             _let_go(key, worker)
             return False
         log.warning("series %s: %s, to be tried again", series_uid, type(error).__name__)
-        catalog.release(key, type(error).__name__)
+        catalog.release(key, type(error).__name__, counted=not isinstance(error, StorageUnreachable))
         raise
     except Exception as error:  # nothing may leave a series embedding for ever
         log.error("series %s: %s", series_uid, type(error).__name__)
@@ -153,7 +153,7 @@ def _train_head(head_id: str, worker: Resources) -> None:
         heads.fail(head_id, str(error))
         return
     except (OSError, OperationalError) as error:
-        heads.release(head_id, type(error).__name__)
+        heads.release(head_id, type(error).__name__, counted=not isinstance(error, StorageUnreachable))
         raise
     except Exception as error:  # nothing may leave a head in training for ever
         heads.fail(head_id, f"{type(error).__name__} while training")

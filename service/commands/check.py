@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from service.terminal import console, read_settings
+from service.terminal import console, reaching_storage, read_settings
 
 DIFFERENT = 3  # exit status
 SHOWN = 10  # differences of a kind that are listed
@@ -30,7 +30,7 @@ def check(
     settings = read_settings()
     stores = open_stores(settings)
     stderr = console(to_stderr=True)
-    with stderr.status("check") if stderr.is_terminal else nullcontext() as status:
+    with reaching_storage(), stderr.status("check") if stderr.is_terminal else nullcontext() as status:
 
         def seen(report: Report) -> None:
             if status:

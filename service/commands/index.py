@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from service.terminal import console, fail, read_settings
+from service.terminal import console, fail, reaching_storage, read_settings
 
 index = typer.Typer(no_args_is_help=True, help="The similarity index: figures, a check against the bags, a rebuild.")
 
@@ -41,7 +41,8 @@ def check(encoder: Encoder = None, as_json: AsJson = False) -> None:
     from service.storage.stores import open_stores
 
     stores = open_stores(read_settings())
-    found = {each: check_index(each, stores) for each in _encoders(encoder, stores)}
+    with reaching_storage():
+        found = {each: check_index(each, stores) for each in _encoders(encoder, stores)}
     if as_json:
         told = {name: {"rows": one.rows, "waiting": one.waiting, **one.differences} for name, one in found.items()}
         typer.echo(json.dumps(told, indent=1))
@@ -68,7 +69,9 @@ def rebuild(encoder: Encoder = None) -> None:
     settings = read_settings()
     stores = open_stores(settings)
     for each in _encoders(encoder, stores):
-        if not rebuild_index(each, stores, settings, f"{socket.gethostname()}:{os.getpid()}"):
+        with reaching_storage():
+            written = rebuild_index(each, stores, settings, f"{socket.gethostname()}:{os.getpid()}")
+        if not written:
             fail("another writer is at work on the index; try again later", status=1)
         row = stores.indexes.get(each)
         typer.echo(f"{each}: {stores.indexes.rows(each)} rows in {row.table_name if row else 'no table'}")

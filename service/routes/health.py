@@ -24,7 +24,7 @@ def healthz() -> Health:
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
 def readyz(response: Response, stores: StoresDep, queue: QueueDep, settings: SettingsDep) -> Readiness:
-    """Catalog and broker answer, and a worker has embedded a slice lately, the canary as it always was."""
+    """Catalog, broker and the place of the bags answer; a worker has embedded a slice lately, the canary as ever."""
     catalog = broker = True
     canary = last = None
     try:
@@ -35,15 +35,17 @@ def readyz(response: Response, stores: StoresDep, queue: QueueDep, settings: Set
         queue.depth()
     except BrokerDown:
         broker = False
+    bags = stores.bags.answers()
     times = [when for when in (last, canary and canary[0]) if when is not None]
     ago = (now() - max(times)).total_seconds() if times else None
-    ready = catalog and broker and canary is not None and canary[1] >= MIN_CANARY_COSINE
+    ready = catalog and broker and bags and canary is not None and canary[1] >= MIN_CANARY_COSINE
     ready = ready and ago is not None and ago < settings.ready_seconds
     response.status_code = 200 if ready else 503
     return Readiness(
         status="ready" if ready else "not_ready",
         catalog=catalog,
         broker=broker,
+        bags=bags,
         embedded_seconds_ago=ago,
         canary_cosine=canary and canary[1],
     )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from zarr.core.buffer import cpu
 from zarr.storage import MemoryStore
 
-from service.errors import Damaged
+from service.errors import Damaged, StorageUnreachable
 from service.storage.keys import EmbeddingKey
 from service.storage.objects import Objects
 
@@ -19,6 +19,7 @@ LAYOUT_VERSION = 1
 METADATA = "zarr.json"  # without it there is no bag
 CHUNK = "c/0/0/0"
 FLOAT16 = np.dtype("<f2")
+TRIES = 3  # at a bag that another writer writes too
 
 
 def slices_of(receipt: dict[str, Any]) -> list[dict[str, Any]]:
@@ -45,12 +46,17 @@ class Bags:
 
     def put(self, key: EmbeddingKey, content: str, bag: NDArray[np.float16], receipt: dict[str, Any]) -> None:
         """A reader sees all of it or nothing. A bag that is there already stays, unless it is damaged."""
-        name = _name(key, content)
-        if self.exists(key, content):
-            if self.damage(key, content) is None:
+        name, files = _name(key, content), _encoded(bag, receipt)
+        for _ in range(TRIES):
+            if self.exists(key, content):
+                if self.damage(key, content) is None:
+                    return
+                self._remove(name)
+            if self._objects.add_folder(name, files):
                 return
-            self._objects.remove(name)
-        self._objects.add_folder(name, _encoded(bag, receipt))
+            if not self.exists(key, content):  # part of a bag, by a writer who died or is slower
+                self._remove(name)
+        raise StorageUnreachable("others write the same bag again and again")
 
     def get(self, key: EmbeddingKey, content: str) -> NDArray[np.float16]:
         """Raises FileNotFoundError for a bag that was replaced, and Damaged for one that does not read; where reads are
@@ -59,7 +65,7 @@ class Bags:
             self._refuse_damaged(key, content)
         try:
             return np.asarray(self._open(key, content)[:])
-        except FileNotFoundError:
+        except (FileNotFoundError, StorageUnreachable):
             raise
         except Exception as error:  # zarr raises whatever its decoders do
             raise self._damaged(key, f"it does not read: {type(error).__name__}") from error
@@ -88,7 +94,7 @@ class Bags:
             self._refuse_damaged(key, content)
         try:
             receipt: dict[str, Any] = self._described(key, content).attrs["receipt"]  # type: ignore[assignment]
-        except FileNotFoundError:
+        except (FileNotFoundError, StorageUnreachable):
             raise
         except Exception as error:  # as in get()
             raise self._damaged(key, f"it does not read: {type(error).__name__}") from error
@@ -107,6 +113,8 @@ class Bags:
         try:
             array = self._open(key, content)
             bag, receipt, sums = np.asarray(array[:]), array.attrs["receipt"], array.attrs.get("sha256")
+        except StorageUnreachable:
+            raise
         except Exception as error:  # zarr raises whatever its decoders do
             return f"it does not read: {type(error).__name__}"
         if not isinstance(receipt, dict) or bag.ndim != 3 or bag.dtype != np.float16:
@@ -137,7 +145,7 @@ class Bags:
 
     def discard(self, key: EmbeddingKey, name: str) -> None:
         """Remove what everything() named."""
-        self._objects.remove(f"{_folder(key)}/{name}")
+        self._remove(f"{_folder(key)}/{name}")
 
     def count(self, series_uid: str) -> int:
         """Of every encoder, those that were replaced and not yet removed too."""
@@ -147,7 +155,23 @@ class Bags:
     def remove(self, series_uid: str) -> None:
         """All of the series, of every encoder, also what is just being written."""
         for encoder_id in self._objects.names():
-            self._objects.remove(_folder(EmbeddingKey(series_uid, encoder_id)))
+            key = EmbeddingKey(series_uid, encoder_id)
+            for name in self._objects.names(_folder(key)):
+                self.discard(key, name)
+            self._objects.remove(_folder(key))
+
+    def answers(self) -> bool:
+        """Whether the place of the bags can be reached."""
+        try:
+            self._objects.names()
+        except OSError:
+            return False
+        return True
+
+    def _remove(self, name: str) -> None:
+        """What makes it a bag goes first."""
+        self._objects.remove(f"{name}/{METADATA}")
+        self._objects.remove(name)
 
     def _refuse_damaged(self, key: EmbeddingKey, content: str) -> None:
         if (found := self.damage(key, content)) is not None:

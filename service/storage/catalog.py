@@ -216,11 +216,12 @@ class Catalog:
             row.state = "embedded" if series.content == content else "received"
             return True
 
-    def release(self, key: EmbeddingKey, error: str) -> None:
-        """Hand an embedding back, to be tried again."""
+    def release(self, key: EmbeddingKey, error: str, *, counted: bool = True) -> None:
+        """Hand an embedding back, to be tried again; where the attempt does not count, without end."""
+        attempts = EmbeddingRow.attempts - (0 if counted else 1)
         with self._database.write() as session:
             rows = update(EmbeddingRow).where(_is(key), EmbeddingRow.state == "embedding")
-            session.execute(rows.values(state="queued", holder=None, error=error, touched_at=now()))
+            session.execute(rows.values(state="queued", holder=None, error=error, touched_at=now(), attempts=attempts))
 
     def fail(self, key: EmbeddingKey, state: str, error: str, verdict: dict[str, Any] | None = None) -> None:
         """Give up on an embedding: `failed`, or `rejected` with its verdict."""

@@ -64,6 +64,9 @@ class Folder:
             fsync_path(path)
         return True
 
+    def keeps_versions(self) -> bool:
+        return False
+
     def remove(self, name: str) -> None:
         path = self.root / name
         if path.is_file():

@@ -33,9 +33,12 @@ class Objects(Protocol):
     def add_folder(self, folder: str, files: Mapping[str, bytes]) -> bool:
         """Make a folder of these files, durable when this answers; while the last of them is not there, none counts.
 
-        A folder that is there stays. False where others of another writer, alive or dead, are in the place of ours
-        and the last one is missing.
+        A folder that is there stays. False where files of another writer, alive or dead, are in the place of ours.
         """
+        ...
+
+    def keeps_versions(self) -> bool:
+        """Whether what is removed stays as an earlier version."""
         ...
 
     def remove(self, name: str) -> None:

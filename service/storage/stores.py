@@ -26,6 +26,7 @@ from service.storage.indexes import Indexes
 from service.storage.inspection import Inspection
 from service.storage.jobs import Jobs
 from service.storage.leases import Leases
+from service.storage.objects import Objects
 from service.storage.predictions import Predictions
 from service.storage.queries import Queries
 from service.storage.selection import Selection
@@ -77,7 +78,7 @@ def open_stores(settings: Settings) -> Stores:
     chain = Chain(settings.audit_secret)
     return Stores(
         archive=archive,
-        bags=Bags(Folder(root / "bags"), verify=settings.verify_reads),
+        bags=Bags(objects_of(settings, "bags"), verify=settings.verify_reads),
         index=SliceIndex(root / "index"),
         indexes=Indexes(database),
         database=database,
@@ -103,3 +104,12 @@ def open_stores(settings: Settings) -> Stores:
         api_keys=ApiKeys(database, chain),
         audit=Audit(database, chain),
     )
+
+
+def objects_of(settings: Settings, store: str) -> Objects:
+    """The place of a store's bytes: a folder of the data directory, or of the object store."""
+    if settings.bucket is None:
+        return Folder(settings.data_dir / store)
+    from service.storage.bucket import Bucket  # boto3 takes long to import
+
+    return Bucket(settings.bucket).below(store)

@@ -1,0 +1,177 @@
+"""A prefix of an S3 bucket as the place of a store's bytes."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import boto3
+import tenacity
+from boto3.exceptions import Boto3Error
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+
+from service.errors import StorageUnreachable
+from service.remotes import S3Prefix
+
+PAGE = 1000  # objects, the most that S3 lists, or deletes, at once
+CONNECTIONS = 64  # of one process: as many as its threads read at once
+CONNECT_SECONDS = 5.0  # a server that is away is told soon; boto3 tries again by its own settings
+
+GONE = {"404", "NoSuchKey"}
+TAKEN = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+NO_CONDITIONS = {"501", "NotImplemented"}
+BEYOND = {"416", "InvalidRange"}
+
+# boto3 tries a request again, but not a body that breaks off.
+again = tenacity.retry(
+    retry=tenacity.retry_if_exception_type((IncompleteReadError, ReadTimeoutError, ResponseStreamingError)),
+    stop=tenacity.stop_after_attempt(3),
+    wait=tenacity.wait_random_exponential(max=5),
+    reraise=True,
+)
+
+
+class Bucket:
+    """See Objects. Endpoint, region, credentials and retries are boto3's own settings (`AWS_*`).
+
+    Whatever the bucket's server refuses, or does not answer, raises StorageUnreachable.
+    """
+
+    def __init__(self, place: S3Prefix, client: Any = None) -> None:
+        self._place = place
+        with _named_errors():
+            self._client = client or boto3.Session().client(
+                "s3", config=Config(max_pool_connections=CONNECTIONS, connect_timeout=CONNECT_SECONDS)
+            )
+
+    def below(self, folder: str) -> "Bucket":
+        return Bucket(S3Prefix(self._place.bucket, f"{self._key(folder)}/"), self._client)
+
+    def names(self, folder: str = "") -> list[str]:
+        prefix = f"{self._key(folder)}/" if folder else self._place.prefix
+        found: list[str] = []
+        for page in self._pages(prefix, Delimiter="/"):
+            found += (each["Prefix"].removesuffix("/") for each in page.get("CommonPrefixes", ()))
+            found += (each["Key"] for each in page.get("Contents", ()) if each["Key"] != prefix)
+        return sorted(key.removeprefix(prefix) for key in found)
+
+    def exists(self, name: str) -> bool:
+        """By a read of one byte: an answer without a body does not tell a missing object from a missing bucket."""
+        try:
+            self.read_part(name, 0, 1)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def changed_at(self, name: str) -> float | None:
+        key = self._key(name)
+        pages = *self._pages(f"{key}/"), *self._pages(key, MaxKeys=1)  # the object itself is the first that begins so
+        found = [each for page in pages for each in page.get("Contents", ())]
+        mine = [each for each in found if each["Key"] == key or each["Key"].startswith(f"{key}/")]
+        return max((each["LastModified"].timestamp() for each in mine), default=None)
+
+    def read(self, name: str) -> bytes:
+        return self._get(name)
+
+    def read_part(self, name: str, start: int, length: int) -> bytes:
+        return self._get(name, Range=f"bytes={start}-{start + length - 1}")
+
+    def add_folder(self, folder: str, files: Mapping[str, bytes]) -> bool:
+        """Object by object, each only where there is none, and read back: two writers may be at it at once."""
+        for name, content in files.items():
+            if not self._put_new(f"{folder}/{name}", content) and not self._holds(f"{folder}/{name}", content):
+                return False
+        return all(self._holds(f"{folder}/{name}", content) for name, content in files.items())
+
+    def remove(self, name: str) -> None:
+        key = self._key(name)
+        below = [each["Key"] for page in self._pages(f"{key}/") for each in page.get("Contents", ())]
+        self._delete([*below, key])
+
+    def keeps_versions(self) -> bool:
+        with _named_errors():
+            return bool(self._client.get_bucket_versioning(Bucket=self._place.bucket).get("Status") == "Enabled")
+
+    def _key(self, name: str) -> str:
+        return self._place.prefix + name
+
+    def _pages(self, prefix: str, **options: Any) -> Iterator[dict[str, Any]]:
+        options = {"MaxKeys": PAGE, "Prefix": prefix, "Bucket": self._place.bucket, **options}
+        once = options["MaxKeys"] == 1
+        with _named_errors():
+            while True:
+                page = self._client.list_objects_v2(**options)
+                yield page
+                if once or not page.get("IsTruncated"):
+                    return
+                options["ContinuationToken"] = page["NextContinuationToken"]
+
+    @again
+    def _body(self, name: str, **options: Any) -> bytes:
+        answer = self._client.get_object(Bucket=self._place.bucket, Key=self._key(name), **options)
+        content: bytes = answer["Body"].read()
+        return content
+
+    def _get(self, name: str, **options: Any) -> bytes:
+        with _named_errors():
+            try:
+                return self._body(name, **options)
+            except ClientError as error:
+                if _code(error) in BEYOND:
+                    return b""
+                raise
+
+    def _put_new(self, name: str, content: bytes) -> bool:
+        """False where there is an object of this name already."""
+        put = {"Bucket": self._place.bucket, "Key": self._key(name), "Body": content}
+        with _named_errors():
+            try:
+                self._client.put_object(**put, IfNoneMatch="*")
+            except ClientError as error:
+                if _code(error) in TAKEN:
+                    return False
+                if _code(error) not in NO_CONDITIONS:
+                    raise
+                if self.exists(name):
+                    return False
+                self._client.put_object(**put)
+        return True
+
+    def _holds(self, name: str, content: bytes) -> bool:
+        try:
+            return self.read(name) == content
+        except FileNotFoundError:
+            return False
+
+    def _delete(self, keys: Iterable[str]) -> None:
+        every = [{"Key": key} for key in keys]
+        for start in range(0, len(every), PAGE):
+            with _named_errors():
+                answer = self._client.delete_objects(
+                    Bucket=self._place.bucket, Delete={"Objects": every[start : start + PAGE], "Quiet": True}
+                )
+            if refused := answer.get("Errors"):
+                raise StorageUnreachable(f"the object store deletes nothing: {refused[0].get('Code')}")
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """boto's errors as ours; its messages may have an object's key, and so a series' UID."""
+    try:
+        yield
+    except ClientError as error:
+        if _code(error) in GONE:
+            raise FileNotFoundError("no such object") from None
+        raise StorageUnreachable(f"the object store answers {_code(error)}") from None
+    except (BotoCoreError, Boto3Error) as error:
+        raise StorageUnreachable(f"the object store does not answer: {type(error).__name__}") from None
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", "")) or "an error"
