@@ -58,6 +58,7 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.Conflict: 409,
     errors.Unauthenticated: 401,
     errors.ScopeMissing: 403,
+    errors.BeyondKey: 403,
     errors.TooManyRequests: 429,
     errors.LicenceNotAccepted: 403,
     errors.PathNotAllowed: 403,

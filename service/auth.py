@@ -49,6 +49,7 @@ class NoUsableKey(Exception):
 class Caller:
     name: str  # key:ID, user:SUBJECT or local
     scopes: frozenset[str]
+    tags: tuple[str, ...] = ()  # sees only series with one of them; all where empty
 
 
 ANYONE_HERE = Caller("local", frozenset(get_args(api_keys.Scope)))
@@ -119,7 +120,7 @@ class Access:
             raise errors.Unauthenticated("no such API key", reason="unknown")
         if row.state != "active":
             raise errors.Unauthenticated(f"key {key_id} is {row.state}", reason=row.state)
-        return Caller(f"key:{key_id}", frozenset(row.scopes))
+        return Caller(f"key:{key_id}", frozenset(row.scopes), tuple(row.tags))
 
     async def _refresh(self) -> None:
         if time.monotonic() - self._read_at < self._read_seconds:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPBearer, SecurityScopes
 from prometheus_client import CollectorRegistry
+from starlette.concurrency import run_in_threadpool
 
 from models.heads.run import HeadRunner, OtherGraph
 from models.modes import by_id, in_mode
@@ -15,7 +16,15 @@ from models.zoo import encoders as all_encoders
 from service.audited import Shown
 from service.auth import Caller
 from service.disk import Room
-from service.errors import EncoderNotFound, HeadNotReady, LicenceNotAccepted, OtherEncoder, ScopeMissing, WeightsNotHere
+from service.errors import (
+    BeyondKey,
+    EncoderNotFound,
+    HeadNotReady,
+    LicenceNotAccepted,
+    OtherEncoder,
+    ScopeMissing,
+    WeightsNotHere,
+)
 from service.queue import Queue
 from service.recorder import Recorder
 from service.settings import Settings
@@ -158,9 +167,21 @@ RecorderDep = Annotated[Recorder, Depends(recorder)]
 CallerDep = Annotated[Caller, Depends(caller)]
 
 
-def needs(*scopes: Scope) -> Any:
-    """A dependency of a router or route: the caller has one of these scopes."""
-    return Security(_allowed, scopes=list(scopes))
+def needs(*scopes: Scope, narrows: bool = False) -> Any:
+    """A dependency of a router or route: the caller has one of these scopes.
+
+    A caller who sees only some series gets no further than to them: by the path of one of these, and where a route
+    `narrows` what it answers to WithinDep.
+    """
+    return Security(_allowed if narrows else _allowed_there, scopes=list(scopes))
+
+
+def within(caller: CallerDep) -> tuple[str, ...]:
+    """The caller sees only series that have one of these tags; all where there are none."""
+    return caller.tags
+
+
+WithinDep = Annotated[tuple[str, ...], Depends(within)]
 
 
 async def _allowed(needed: SecurityScopes, caller: CallerDep, _: Annotated[Any, Depends(bearer)]) -> None:
@@ -171,3 +192,14 @@ async def _allowed(needed: SecurityScopes, caller: CallerDep, _: Annotated[Any, 
             scopes=found,
             needed=expected,
         )
+
+
+async def _allowed_there(
+    request: Request, caller: CallerDep, stores: StoresDep, _: Annotated[Any, Depends(_allowed)]
+) -> None:
+    if not caller.tags:
+        return
+    named = request.path_params.get("series_uid") or request.path_params.get("series")
+    if named is None:
+        raise BeyondKey("the key sees only series with its tags: ask for one of them by its UID, search, or list them")
+    await run_in_threadpool(stores.tags.visible, named, caller.tags)

@@ -21,7 +21,7 @@ KeysliceError
 │   ├── BeingErased
 │   ├── Damaged
 │   └── WeightsNotHere
-├── Unauthenticated, ScopeMissing, TooManyRequests
+├── Unauthenticated, ScopeMissing, BeyondKey, TooManyRequests
 ├── LicenceNotAccepted
 ├── PathNotAllowed
 ├── PeerNotAllowed, PeerFailed
@@ -219,6 +219,10 @@ class ProviderAway(KeysliceError):
 
 class ScopeMissing(KeysliceError):
     """The API key does not have the scope that this needs."""
+
+
+class BeyondKey(KeysliceError):
+    """The API key sees only series with its tags, and this is about more than one of them."""
 
 
 class TooManyRequests(KeysliceError):

@@ -29,6 +29,9 @@ def create(
     scope: Annotated[
         list[str], typer.Option(help=f"one of {', '.join(SCOPES)}; may be repeated, none includes another")
     ],
+    tag: Annotated[
+        list[str] | None, typer.Option(help="sees only series with this tag, or another one named; all if none")
+    ] = None,
     expires: Annotated[str | None, typer.Option(help="after so long: 90d, 12h or 30m; never if none")] = None,
 ) -> None:
     """Make a key and print it, alone on standard output. It is not shown again.
@@ -38,9 +41,10 @@ def create(
     if wrong := [each for each in scope if each not in SCOPES]:
         fail(f"no scope {wrong[0]!r}, expected of {', '.join(SCOPES)}")
     settings = read_settings()
-    row, key = _store(settings).create(name, scope, _end(expires), this_user())
+    row, key = _store(settings).create(name, scope, _end(expires), this_user(), tag or ())
     ends = f"until {row.expires_at:{SHOWN}} UTC" if row.expires_at else "until it is revoked"
-    typer.echo(f"key {row.key_id}, {', '.join(row.scopes)}, {ends}; it is shown only now:", err=True)
+    seen = f"series tagged {' or '.join(row.tags)}" if row.tags else "every series"
+    typer.echo(f"key {row.key_id}, {', '.join(row.scopes)}, {seen}, {ends}; it is shown only now:", err=True)
     typer.echo(key)
 
 
@@ -51,10 +55,12 @@ def list_keys(as_json: Annotated[bool, typer.Option("--json", help="for programs
     if as_json:
         typer.echo(json.dumps([_described(row) for row in rows], indent=1))
         return
-    table = Table("key", "name", "scopes", "state", "made", "expires", "last used", box=None)
+    table = Table("key", "name", "scopes", "series", "state", "made", "expires", "last used", box=None)
     for row in rows:
         times = (row.created_at, row.expires_at, row.used_at)
-        table.add_row(row.key_id, row.name, ", ".join(row.scopes), row.state, *map(_shown, times))
+        table.add_row(
+            row.key_id, row.name, ", ".join(row.scopes), ", ".join(row.tags) or "all", row.state, *map(_shown, times)
+        )
     console().print(table)
 
 
@@ -86,7 +92,7 @@ def _end(after: str | None) -> datetime | None:
 def _described(row: ApiKeyRow) -> dict[str, object]:
     times = ("created_at", "expires_at", "revoked_at", "used_at")
     told = {name: getattr(row, name) and getattr(row, name).isoformat() for name in times}
-    return {"key_id": row.key_id, "name": row.name, "scopes": row.scopes, "state": row.state, **told}
+    return {"key_id": row.key_id, "name": row.name, "scopes": row.scopes, "tags": row.tags, "state": row.state, **told}
 
 
 def _shown(when: datetime | None) -> str:

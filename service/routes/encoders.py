@@ -10,7 +10,7 @@ from service.errors import WeightsNotHere
 from service.schemas.encoders import Encoder, Encoders
 from service.settings import Settings
 
-router = APIRouter(prefix="/v1/encoders", tags=["encoders"], dependencies=[needs("read")])
+router = APIRouter(prefix="/v1/encoders", tags=["encoders"], dependencies=[needs("read", narrows=True)])
 
 
 @router.get("")

@@ -1,5 +1,6 @@
 """A cohort's features, to take away."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
-from service.deps import EncoderNames, EncodersDep, SettingsDep, ShownDep, StoresDep, needs
+from service.deps import EncoderNames, EncodersDep, SettingsDep, ShownDep, StoresDep, WithinDep, needs
 from service.errors import EmptyCohort
 from service.features.bags import Cohort, picked, read_cohort
 from service.features.formats import FORMATS
@@ -16,7 +17,7 @@ from service.schemas.features import EmbeddedQuery, FeatureQuery, SampleQuery
 from service.storage.cohorts import CohortFilter
 from service.storage.stores import Stores
 
-router = APIRouter(prefix="/v1/features", tags=["features"], dependencies=[needs("read")])
+router = APIRouter(prefix="/v1/features", tags=["features"], dependencies=[needs("read", narrows=True)])
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 
@@ -32,9 +33,10 @@ def get_features(
     settings: SettingsDep,
     encoders: EncodersDep,
     shown: ShownDep,
+    within: WithinDep,
 ) -> StreamingResponse:
     """The embeddings of all series that meet the filter, with their receipts, in one file."""
-    cohort = _cohort(query, stores, encoders)
+    cohort = _cohort(query, within, stores, encoders)
     settings.staging_dir.mkdir(parents=True, exist_ok=True)
     form = FORMATS[query.format]
     shown.about(cohort=cohort.series)
@@ -48,22 +50,26 @@ def get_features(
     "/sample", response_class=StreamingResponse, responses={200: {"content": {FORMATS["arrow"].media_type: BINARY}}}
 )
 def get_sample(
-    query: Annotated[SampleQuery, Query()], stores: StoresDep, encoders: EncodersDep, shown: ShownDep
+    query: Annotated[SampleQuery, Query()],
+    stores: StoresDep,
+    encoders: EncodersDep,
+    shown: ShownDep,
+    within: WithinDep,
 ) -> StreamingResponse:
     """Some instances of the series that meet the filter, drawn evenly, with the series' tags, as an Arrow stream."""
-    cohort = _cohort(query, stores, encoders)
+    cohort = _cohort(query, within, stores, encoders)
     told = about(cohort) | {"seed": query.seed}
     shown.about(cohort=cohort.series)
     content = sample(cohort, told, query.count, query.seed, stores, shown.series)
     return StreamingResponse(content, media_type=FORMATS["arrow"].media_type, headers=_said(cohort))
 
 
-def _cohort(query: EmbeddedQuery, stores: Stores, encoders: EncoderNames) -> Cohort:
+def _cohort(query: EmbeddedQuery, within: Sequence[str], stores: Stores, encoders: EncoderNames) -> Cohort:
     """Raises EmptyCohort, WindowNotFound, and what names of encoders do."""
     encoder_id, spec = encoders.id(query.encoder), encoders.spec(query.encoder)
     here = [window.name for window in spec.windows]
     windows = [here[k] for k in sorted(picked(here, query.window))] if query.window else here
-    chosen = query.chosen()
+    chosen = query.chosen(within)
     series, slices = stores.cohorts.size(chosen, encoder_id)
     if not series:
         raise EmptyCohort(f"no series with embeddings of {encoder_id} meets the filter")

@@ -13,7 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from models.specs import EncoderSpec
 from service.audited import Shown
-from service.deps import EncodersDep, HeadsDep, QueueDep, SettingsDep, ShownDep, StoresDep, needs
+from service.deps import EncodersDep, HeadsDep, QueueDep, SettingsDep, ShownDep, StoresDep, WithinDep, needs
 from service.errors import BadQuery, SliceNotFound, UploadTooLarge, WindowNotFound, WorkersBusy
 from service.queue import Queue
 from service.rows import Hit as FoundHit
@@ -45,7 +45,7 @@ POLL_SECONDS = 0.02
 MAX_IMAGE_BYTES = 64 * 2**20
 
 
-@router.post("/search", dependencies=[needs("read")])
+@router.post("/search", dependencies=[needs("read", narrows=True)])
 def search(
     query: SearchRequest,
     stores: StoresDep,
@@ -53,24 +53,26 @@ def search(
     encoders: EncodersDep,
     queue: QueueDep,
     shown: ShownDep,
+    within: WithinDep,
 ) -> SearchAnswer:
     """The k nearest stored slices by cosine: to a stored slice, to several, or to a vector."""
     spec, encoder_id = encoders.spec(query.encoder), encoders.id(query.encoder)
     _check(query, spec, settings, query.window, *(each.window for each in query.queries))
+    own = [each.series_uid for each in query.queries]
+    _check_visible(own, within, stores)
     slices = [_stored(each, query.match, stores, encoder_id, spec) for each in query.queries]
     match = query.match
     if query.vector is not None:
         slices = [QuerySlice({query.window: _unit(np.array(query.vector), spec, encoder_id)}, query.window)]
         match = "any" if query.window is None else match
-    own = [each.series_uid for each in query.queries]
-    narrowed = stores.selection.narrowed(encoder_id, _wanted(query.filters), query.exclude, own)
+    narrowed = stores.selection.narrowed(encoder_id, _wanted(query.filters, within), query.exclude, own)
     asked = Asked(slices, query.k, match, query.combine, query.collapse == "series", query.exact)
     hits, way = find(asked, encoder_id, narrowed, settings.index_recall, stores, queue.keep_index)
     shown.series(own)
     return _answer(hits, way, encoder_id, stores, shown)
 
 
-@router.post("/search/image", dependencies=[needs("read")])
+@router.post("/search/image", dependencies=[needs("read", narrows=True)])
 async def search_by_image(
     file: Annotated[UploadFile, File(description="a DICOM slice, or a PNG of one at a window")],
     stores: StoresDep,
@@ -78,6 +80,7 @@ async def search_by_image(
     encoders: EncodersDep,
     queue: QueueDep,
     shown: ShownDep,
+    within: WithinDep,
     query: Annotated[str, Form(description="an ImageSearchRequest as JSON")] = "{}",
     encoder: Annotated[Text | None, Query(description="name or id; the service's own where unset")] = None,
 ) -> SearchAnswer:
@@ -101,7 +104,7 @@ async def search_by_image(
     embedding = await _embedded(content, encoder_id, asked.window if png else None, stores, queue)
 
     def run() -> SearchAnswer:
-        narrowed = stores.selection.narrowed(encoder_id, _wanted(asked.filters), "none", [])
+        narrowed = stores.selection.narrowed(encoder_id, _wanted(asked.filters, within), "none", [])
         mine = _at_windows(embedding, asked.window, asked.match, spec, encoder_id)
         what = Asked([mine], asked.k, asked.match, collapse=asked.collapse == "series", exact=asked.exact)
         hits, way = find(what, encoder_id, narrowed, settings.index_recall, stores, queue.keep_index)
@@ -110,7 +113,7 @@ async def search_by_image(
     return await run_in_threadpool(run)
 
 
-@router.post("/search/series", dependencies=[needs("read")])
+@router.post("/search/series", dependencies=[needs("read", narrows=True)])
 def search_series(
     query: SeriesSearchRequest,
     stores: StoresDep,
@@ -118,9 +121,11 @@ def search_series(
     encoders: EncodersDep,
     heads: HeadsDep,
     shown: ShownDep,
+    within: WithinDep,
 ) -> SeriesSearchAnswer:
     """The k series most like this one: by their mean, by what a head attends to, or slice by slice."""
     _check_k(query.k, settings)
+    _check_visible([query.series_uid], within, stores)
     if query.head is not None:
         head = stores.heads.ready(query.head)
         if query.encoder is not None and encoders.id(query.encoder) != head.encoder_id:
@@ -128,7 +133,7 @@ def search_series(
         encoder_id, runner, pooling = head.encoder_id, heads(head.head_id), head.head_id
     else:
         encoder_id, runner, pooling = encoders.id(query.encoder), None, "mean"
-    narrowed = stores.selection.narrowed(encoder_id, _wanted(query.filters), query.exclude, [query.series_uid])
+    narrowed = stores.selection.narrowed(encoder_id, _wanted(query.filters, within), query.exclude, [query.series_uid])
     shortlist = query.shortlist if query.by == "late" else None
     found = similar_series(query.series_uid, query.k, encoder_id, pooling, runner, shortlist, narrowed, stores)
     shown.series([query.series_uid, *(hit.series_uid for hit in found.hits)])
@@ -169,11 +174,16 @@ def _check_k(k: int, settings: Settings) -> None:
         raise BadQuery(f"k is {k}, expected at most {settings.max_neighbours}")
 
 
-def _wanted(filters: Filters) -> Wanted:
+def _check_visible(series_uids: Sequence[str], within: Sequence[str], stores: Stores) -> None:
+    for series_uid in series_uids if within else ():
+        stores.tags.visible(series_uid, within)
+
+
+def _wanted(filters: Filters, within: Sequence[str]) -> Wanted:
     said: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in filters.model_dump().items()
     }
-    return Wanted(**said)
+    return Wanted(**said, within=within)
 
 
 def _stored(query: SliceQuery, match: Match, stores: Stores, encoder_id: str, spec: EncoderSpec) -> QuerySlice:

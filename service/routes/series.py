@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.windows import WINDOWS, Window, apply_window
-from service.deps import EncodersDep, QueueDep, RoomDep, SettingsDep, ShownDep, StoresDep, needs
+from service.deps import EncodersDep, QueueDep, RoomDep, SettingsDep, ShownDep, StoresDep, WithinDep, needs
 from service.errors import BadQuery, NotEmbeddedYet, SliceNotFound, WindowNotFound
 from service.intake import Intake, take_in
 from service.queue import Queue
@@ -93,11 +93,13 @@ def retry_series(series_uid: Text, stores: StoresDep, queue: QueueDep) -> Series
     return Series.model_validate(stores.catalog.series(series_uid))
 
 
-@router.get("", dependencies=[needs("read")])
-def list_series(query: Annotated[SeriesQuery, Query()], stores: StoresDep, shown: ShownDep) -> SeriesPage:
+@router.get("", dependencies=[needs("read", narrows=True)])
+def list_series(
+    query: Annotated[SeriesQuery, Query()], stores: StoresDep, shown: ShownDep, within: WithinDep
+) -> SeriesPage:
     """The series here, in the order of their UIDs."""
     rows = stores.cohorts.series(
-        query.chosen(),
+        query.chosen(within),
         words=query.text.split(),
         tags=query.tag,
         state=query.state,

@@ -1,5 +1,6 @@
 """Which series: by what is known of them."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -28,8 +29,10 @@ class CohortQuery(BaseModel):
     kernel: Text | None = None
     verdict: Literal["accepted", "accepted_with_warnings", "rejected"] | None = None
 
-    def chosen(self) -> CohortFilter:
+    def chosen(self, within: Sequence[str] = ()) -> CohortFilter:
+        """With `within` only series that have one of these tags."""
         return CohortFilter(
+            within=tuple(within),
             patient_id=tuple(self.patient_id),
             study_uid=tuple(self.study_uid),
             series_uid=tuple(self.series_uid),

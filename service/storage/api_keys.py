@@ -38,12 +38,22 @@ class ApiKeys:
         self._chain = chain
 
     def create(
-        self, name: str, scopes: Iterable[str], expires_at: datetime | None, who: str = SERVICE
+        self,
+        name: str,
+        scopes: Iterable[str],
+        expires_at: datetime | None,
+        who: str = SERVICE,
+        tags: Iterable[str] = (),
     ) -> tuple[ApiKeyRow, str]:
-        """The new key's row, and the key itself, which nothing can show again."""
+        """The new key's row, and the key itself, which nothing can show again. With tags it sees their series alone."""
         key_id, secret = secrets.token_hex(6), secrets.token_bytes(SECRET_BYTES)
         row = ApiKeyRow(
-            key_id=key_id, name=name, digest=_digest(secret), scopes=sorted(set(scopes)), expires_at=expires_at
+            key_id=key_id,
+            name=name,
+            digest=_digest(secret),
+            scopes=sorted(set(scopes)),
+            tags=sorted(set(tags)),
+            expires_at=expires_at,
         )
         with self._database.write() as session:
             session.add(row)

@@ -7,6 +7,7 @@ from sqlalchemy import ColumnElement, Select, func, or_, select
 
 from service.storage.database import Database
 from service.storage.keys import EmbeddingKey
+from service.storage.selection import tagged_with
 from service.storage.tables import EmbeddingRow, PatientRow, SeriesRow, SeriesTagRow
 
 PAGE = 500  # series of one query
@@ -29,6 +30,7 @@ class CohortFilter:
     manufacturer: str | None = None
     kernel: str | None = None
     verdict: str | None = None
+    within: tuple[str, ...] = ()  # one of these tags: what the caller may see
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ def _conditions(chosen: CohortFilter) -> list[ColumnElement[bool]]:
         found.append(SeriesRow.study_date >= chosen.date_from)
     if chosen.date_to is not None:
         found += [SeriesRow.study_date <= chosen.date_to, SeriesRow.study_date != ""]
+    if chosen.within:
+        found.append(SeriesRow.series_uid.in_(tagged_with(chosen.within)))
     if chosen.verdict is not None:
         found.append(SeriesRow.verdict["status"].as_string() == chosen.verdict)
     return found

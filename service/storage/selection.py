@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, case, select
+from sqlalchemy import ColumnElement, Select, and_, case, select
 
 from service.storage.database import Database
 from service.storage.tables import EmbeddingRow, PatientRow, SeriesRow, SeriesTagRow
@@ -25,6 +25,7 @@ class Wanted:
     kernel: Sequence[str] = ()
     verdict: Sequence[str] = ()
     tags: Sequence[str] = ()  # all of them
+    within: Sequence[str] = ()  # one of these tags: what the caller may see
     spacing_from_mm: float | None = None
     spacing_to_mm: float | None = None
     date_from: str | None = None  # YYYYMMDD
@@ -70,7 +71,7 @@ class Selection:
             mine = EmbeddingRow.encoder_id == encoder_id, EmbeddingRow.content.is_not(None)
             every = [(uid, rows or 0, bool(fit)) for uid, rows, fit in session.execute(query.where(*mine))]
         only = {uid: rows for uid, rows, fit in every if fit and uid not in without}
-        if 2 * len(only) > len(every):  # the shorter list is the quicker one
+        if 2 * len(only) > len(every) and not wanted.within:  # the shorter list is the quicker one
             return Narrowed(None, frozenset(uid for uid, _, _ in every if uid not in only) | without, None)
         return Narrowed(frozenset(only), frozenset(), sum(only.values()))
 
@@ -82,6 +83,11 @@ class Selection:
         with self._database.read() as session:
             found = session.scalars(query.where(*mine, *_conditions(wanted)).order_by(EmbeddingRow.series_uid))
             return list(found)
+
+
+def tagged_with(tags: Sequence[str]) -> Select[str]:
+    """The UIDs of series that have one of these tags."""
+    return select(SeriesTagRow.series_uid).where(SeriesTagRow.tag.in_(tags))
 
 
 def _related(scope: Scope, of: Sequence[str]) -> Any:
@@ -105,6 +111,8 @@ def _conditions(wanted: Wanted) -> list[ColumnElement[bool]]:
     for tag in wanted.tags:
         tagged = select(SeriesTagRow.series_uid).where(SeriesTagRow.tag == tag)
         found.append(SeriesRow.series_uid.in_(tagged))
+    if wanted.within:
+        found.append(SeriesRow.series_uid.in_(tagged_with(wanted.within)))
     spacing = SeriesRow.geometry["slice_spacing_mm"].as_float()
     if wanted.spacing_from_mm is not None:
         found.append(spacing >= wanted.spacing_from_mm)

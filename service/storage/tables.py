@@ -395,6 +395,7 @@ class ApiKeyRow(Row):
     name: Mapped[str]
     digest: Mapped[bytes] = mapped_column(LargeBinary)  # SHA-256 of the secret
     scopes: Mapped[list[str]]
+    tags: Mapped[list[str]] = mapped_column(default=list)  # sees only series with one of them; all where empty
     created_at: Mapped[datetime] = mapped_column(default=now)
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]

@@ -21,6 +21,13 @@ class Tags:
                 raise SeriesNotFound(f"no series {series_uid}")
             return list(session.scalars(mine))
 
+    def visible(self, series_uid: str, tags: Iterable[str]) -> None:
+        """Raises SeriesNotFound for a series that has none of these tags, as for one that is not here."""
+        mine = SeriesTagRow.series_uid == series_uid, SeriesTagRow.tag.in_([*tags])
+        with self._database.read() as session:
+            if session.scalar(select(SeriesTagRow.tag).where(*mine).limit(1)) is None:
+                raise SeriesNotFound(f"no series {series_uid}")
+
     def put(self, series_uid: str, tags: Iterable[str]) -> None:
         """These and no others. Raises SeriesNotFound."""
         with self._database.write() as session:
