@@ -17,6 +17,8 @@ from service.storage.tables import Row
 
 # 0007 has every bag written into an index of another layout.
 CHANGED_ON_PURPOSE = {"embeddings": {"indexed_content"}}
+# 0018: an earlier version would let keys that are limited see everything.
+GONE_ON_PURPOSE = {"0018": {"api_keys"}}
 MADE_AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
@@ -98,7 +100,7 @@ def test_one_step_back_keeps_what_the_earlier_version_knows(url, tmp_path, revis
     command.downgrade(config, "-1")
 
     kept = set(sqlalchemy.inspect(engine).get_table_names()) - {"alembic_version"}
-    for table in kept:
+    for table in kept - GONE_ON_PURPOSE.get(revision, set()):
         (row,), (now,) = before[table], read(engine, table)
         assert now == {column: row[column] for column in now}, table
     upgrade(url, tmp_path)
