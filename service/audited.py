@@ -72,7 +72,7 @@ AUDITED: Mapping[str, Kind | None] = {
     "GET /v1/exports/{export_id}": Kind("export.read"),
     "GET /v1/exports/{export_id}/table.csv": Kind("export.read"),
     "GET /v1/exports/{export_id}/files": Kind("export.read"),
-    "GET /v1/jobs": NOBODYS,
+    "GET /v1/jobs": Kind("job.list"),  # names the exports, and whose uploads there were
     "GET /v1/jobs/{job_id}": NOBODYS,
     "POST /v1/jobs/{job_id}/cancel": _wrote("job.cancel"),
     "GET /v1/jobs/{job_id}/events": NOBODYS,
