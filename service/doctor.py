@@ -23,8 +23,9 @@ from service.storage.archive import Archive
 from service.storage.bags import Bags
 from service.storage.index import SliceIndex, SliceRows
 from service.storage.keys import EmbeddingKey
+from service.storage.lance_files import TableFiles
 from service.storage.objects import Objects
-from service.storage.stores import Stores, objects_of, open_stores
+from service.storage.stores import Stores, objects_of, open_stores, tables_of
 
 PACKAGES = ("keyslice", "torch", "timm", "onnxruntime", "pydicom", "zarr", "lancedb", "fastapi", "celery", "sqlalchemy")
 OLDEST_PYTHON = (3, 11)
@@ -49,7 +50,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _tried("disk", lambda: _disk(settings))
     yield _tried("archive", lambda: _archive(settings.data_dir / "archive"))
     yield _tried("bags", lambda: _bags(objects_of(settings, "bags")))
-    yield _tried("index", lambda: _index(settings.data_dir / "index"))
+    yield _tried("index", lambda: _index(tables_of(settings)))
     try:
         stores = open_stores(settings)
     except Exception as error:
@@ -151,15 +152,17 @@ def _bags(place: Objects) -> str:
     return said
 
 
-def _index(root: Path) -> str:
-    with _beside(root) as folder:
-        started, store, bag = time.perf_counter(), SliceIndex(folder), _bag()
-        numbers = list(map(str, range(len(bag))))
-        rows = SliceRows(EmbeddingKey("1", "toy"), "patient", "study", numbers, [0.0] * len(bag), ["lung"], bag)
-        store.replace("toy", [rows])
-        if store.rows("toy").num_rows != len(bag):
-            raise Ailing(f"{store.rows('toy').num_rows} rows, expected {len(bag)}")
+def _index(files: TableFiles) -> str:
+    started, store, bag, table = time.perf_counter(), SliceIndex(files), _bag(), f"doctor-{uuid.uuid4().hex[:8]}"
+    numbers = list(map(str, range(len(bag))))
+    rows = SliceRows(EmbeddingKey("1", "toy"), "patient", "study", numbers, [0.0] * len(bag), ["lung"], bag)
+    try:
+        store.replace(table, [rows])
+        if store.rows(table).num_rows != len(bag):
+            raise Ailing(f"{store.rows(table).num_rows} rows, expected {len(bag)}")
         return _took(f"{len(bag)} rows", started)
+    finally:
+        store.drop(table)
 
 
 def _bag() -> "np.typing.NDArray[np.float16]":

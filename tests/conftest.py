@@ -14,8 +14,9 @@ from buckets import NAME, bucket_below
 from service.embedded import Running, in_background
 from service.settings import Settings
 from service.storage.folder import Folder
+from service.storage.lance_files import TableFiles
 from service.storage.objects import Objects
-from service.storage.stores import Stores, open_stores
+from service.storage.stores import Stores, open_stores, tables_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -142,3 +143,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
         return Folder(tmp_path / "place")
     request.getfixturevalue("s3")
     return bucket_below("keyslice/place/")
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def tables(request: pytest.FixtureRequest, tmp_path: Path) -> TableFiles:
+    """Where the index's tables may lie, as place()."""
+    if request.param == "folder":
+        return tables_of(Settings(data_dir=tmp_path))
+    request.getfixturevalue("s3")
+    return tables_of(Settings(data_dir=tmp_path, object_store=f"s3://{NAME}/keyslice"))

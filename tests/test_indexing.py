@@ -227,8 +227,10 @@ def test_a_table_that_nobody_uses_is_dropped(opened, settings):
     index_bags(opened, settings, "worker")
     stale, young = (SliceIndex.new_name(ENCODER) for _ in range(2))
     for name in (stale, young):
-        shutil.copytree(settings.data_dir / "index" / f"{table(opened)}.lance", opened.index._root / f"{name}.lance")
-    for path in (opened.index._root / f"{stale}.lance").iterdir():
+        shutil.copytree(
+            settings.data_dir / "index" / f"{table(opened)}.lance", settings.data_dir / "index" / f"{name}.lance"
+        )
+    for path in (settings.data_dir / "index" / f"{stale}.lance").iterdir():
         os.utime(path, (1, 1))
 
     keep_index(opened, settings, "worker")

@@ -1,6 +1,7 @@
-"""The service whose bags lie in a bucket: from POST to prediction to erasure, and while the bucket is away."""
+"""The service whose bags and index lie in a bucket: POST, prediction, erasure, and while the bucket is away."""
 
 import json
+from collections import Counter
 
 import httpx
 import pytest
@@ -44,8 +45,9 @@ def test_from_a_post_to_a_prediction_to_an_erasure(s3, tmp_path):
         for k, identity in enumerate(identities):
             job = post(http, slice_files(identity, count=3, seed=k)).json()["job_id"]
             assert wait(http, job)["state"] == "done"
-        assert len(stored(s3)) == 2 * len(identities)
-        assert all(key.startswith("keyslice/bags/") for key in stored(s3))
+        places = Counter(key.split("/")[1] for key in stored(s3))
+        assert places.keys() == {"bags", "index"}
+        assert places["bags"] == 2 * len(identities)
 
         query = {"series_uid": identities[0].series_uid, "slice": 1, "window": "lung", "k": 2}
         hits = http.post("/v1/search", json=query).raise_for_status().json()["hits"]
@@ -65,7 +67,7 @@ def test_from_a_post_to_a_prediction_to_an_erasure(s3, tmp_path):
             assert receipt["removed"]["bags"] == 1
 
         assert stored(s3) == []
-        assert not (data / "bags").exists()
+        assert not (data / "bags").exists() and not (data / "index").exists()
 
 
 @pytest.fixture

@@ -102,8 +102,8 @@ def test_the_archives_content_changes_with_its_instances(tmp_path):
     assert len({content for content, _ in seen}) == 3
 
 
-def test_the_index_equals_the_bags_row_by_row(tmp_path, bag):
-    index = SliceIndex(tmp_path)
+def test_the_index_equals_the_bags_row_by_row(tables, bag):
+    index = SliceIndex(tables)
 
     index.replace(TABLE, [rows(bag), rows(bag * 2, "1.2.4")])
 
@@ -117,8 +117,8 @@ def test_the_index_equals_the_bags_row_by_row(tmp_path, bag):
         assert row["row_id"] == f"{row['series_uid']}/{row['slice']}/{row['window']}"
 
 
-def test_a_series_replaced_leaves_no_row_of_before(tmp_path, bag):
-    index = SliceIndex(tmp_path)
+def test_a_series_replaced_leaves_no_row_of_before(tables, bag):
+    index = SliceIndex(tables)
     index.replace(TABLE, [rows(bag), rows(bag, "1.2.4")])
 
     for _ in range(2):
@@ -130,9 +130,9 @@ def test_a_series_replaced_leaves_no_row_of_before(tmp_path, bag):
 
 
 @pytest.mark.parametrize("where", [None, "window = 'lung'", "series_uid != '1.2.3'", "patient_key = 'q'"])
-def test_search_equals_brute_force_over_the_rows_that_count(tmp_path, where):
+def test_search_equals_brute_force_over_the_rows_that_count(tables, where):
     random = np.random.default_rng(1)
-    index = SliceIndex(tmp_path)
+    index = SliceIndex(tables)
     every = [rows(random.normal(size=(40, 2, 8)).astype(np.float16), f"1.2.{k}", "pq"[k % 2]) for k in range(3, 7)]
     index.replace(TABLE, every)
     query = random.normal(size=8)
@@ -154,13 +154,13 @@ def test_search_equals_brute_force_over_the_rows_that_count(tmp_path, where):
     assert np.allclose([hit["score"] for hit in hits], [scores[name] for name in expected], atol=1e-3)
 
 
-def test_a_table_that_is_not_there_is_said_to_be_broken(tmp_path):
+def test_a_table_that_is_not_there_is_said_to_be_broken(tables):
     with pytest.raises(IndexBroken):
-        SliceIndex(tmp_path).nearest(TABLE, np.ones(8), 10)
+        SliceIndex(tables).nearest(TABLE, np.ones(8), 10)
 
 
-def test_compaction_changes_no_row(tmp_path, bag):
-    index = SliceIndex(tmp_path)
+def test_compaction_changes_no_row(tables, bag):
+    index = SliceIndex(tables)
     for k in range(20):
         index.replace(TABLE, [rows(bag + k, f"1.2.{k}")])
     before = sorted(index.rows(TABLE).to_pylist(), key=lambda row: row["row_id"])

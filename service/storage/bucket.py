@@ -8,6 +8,7 @@ import boto3
 import tenacity
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -76,6 +77,10 @@ class Bucket:
         mine = [each for each in found if each["Key"] == key or each["Key"].startswith(f"{key}/")]
         return max((each["LastModified"].timestamp() for each in mine), default=None)
 
+    def size_bytes(self, folder: str) -> int:
+        pages = self._pages(f"{self._key(folder)}/")
+        return sum(int(each["Size"]) for page in pages for each in page.get("Contents", ()))
+
     def read(self, name: str) -> bytes:
         return self._get(name)
 
@@ -97,6 +102,22 @@ class Bucket:
     def keeps_versions(self) -> bool:
         with _named_errors():
             return bool(self._client.get_bucket_versioning(Bucket=self._place.bucket).get("Status") == "Enabled")
+
+    @property
+    def uri(self) -> str:
+        return str(self._place).removesuffix("/")
+
+    def lance_options(self) -> dict[str, str]:
+        """The same server, region and credentials for Lance, as its storage options. Credentials that expire it finds
+        itself, by a role or web identity."""
+        meta, credentials = self._client.meta, boto3.Session().get_credentials()
+        options = {"aws_region": meta.region_name or "us-east-1"}
+        if not meta.endpoint_url.endswith(".amazonaws.com"):
+            options |= {"aws_endpoint": meta.endpoint_url, "allow_http": str(meta.endpoint_url.startswith("http:"))}
+        if credentials is not None and not isinstance(credentials, RefreshableCredentials):
+            options |= {"aws_access_key_id": credentials.access_key, "aws_secret_access_key": credentials.secret_key}
+            options |= {"aws_session_token": credentials.token} if credentials.token else {}
+        return options
 
     def _key(self, name: str) -> str:
         return self._place.prefix + name

@@ -32,6 +32,9 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    def size_bytes(self, folder: str) -> int:
+        return sum(path.stat().st_size for path in (self.root / folder).rglob("*") if path.is_file())
+
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
 

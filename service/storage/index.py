@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.errors import StorageUnreachable
 from service.storage.keys import EmbeddingKey
+from service.storage.lance_files import TableFiles
 
 if TYPE_CHECKING:
     import lancedb
@@ -82,15 +83,15 @@ class Effort:
 
 
 class SliceIndex:
-    """Lance tables below `root`; the catalog says which one an encoder's searches use (see Indexes).
+    """Lance tables; the catalog says which one an encoder's searches use (see Indexes).
 
     Derived from the bags. One writer at a time, which holds the lease. Whatever Lance cannot read raises
     IndexBroken. lancedb is imported where it is used: it takes a second and 100 MB, and must not be there
     before a fork.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, files: TableFiles) -> None:
+        self._files = files
         self._lock = threading.Lock()
         self._connection: Any = None
         self._opened: dict[str, lancedb.table.Table] = {}
@@ -166,7 +167,7 @@ class SliceIndex:
 
     def _pieces_with_deleted(self, name: str) -> set[int]:
         """Fragments with deleted rows, by the names of Lance's deletion files: `<fragment>-<version>-<id>.<kind>`."""
-        return {int(path.name.partition("-")[0]) for path in (self._root / f"{name}.lance" / "_deletions").glob("*-*")}
+        return {int(each.partition("-")[0]) for each in self._files.deletions(name)}
 
     def nearest(
         self, name: str, vector: NDArray[Any], k: int, where: str | None = None, effort: Effort | None = None
@@ -246,24 +247,22 @@ class SliceIndex:
 
     def names(self) -> list[str]:
         """Of every table here, used or not."""
-        return sorted(path.stem for path in self._root.glob("*.lance"))
+        return self._files.names()
 
     def exists(self, name: str) -> bool:
-        return (self._root / f"{name}.lance").exists()
+        return self._files.exists(name)
 
     def age_seconds(self, name: str, moment: float) -> float:
         """Since the table was last written."""
-        return moment - max((path.stat().st_mtime for path in (self._root / f"{name}.lance").iterdir()), default=0.0)
+        return moment - self._files.changed_at(name)
 
     def size_bytes(self, name: str) -> int:
-        return sum(path.stat().st_size for path in (self._root / f"{name}.lance").rglob("*") if path.is_file())
+        return self._files.size_bytes(name)
 
     def drop(self, name: str) -> None:
-        import shutil
-
         with self._lock:
             self._opened.pop(name, None)
-        shutil.rmtree(self._root / f"{name}.lance", ignore_errors=True)
+        self._files.drop(name)
 
     def _create(self, name: str, rows: "pyarrow.Table") -> None:
         _index_columns(self._connect().create_table(name, data=rows))
@@ -278,10 +277,13 @@ class SliceIndex:
 
         with self._lock:
             if self._connection is None:
-                self._root.mkdir(parents=True, exist_ok=True)
+                place, options = self._files.connection()
                 session = lancedb.Session(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES)
                 # Zero: every read looks whether there is a newer version.
-                self._connection = lancedb.connect(self._root, read_consistency_interval=timedelta(0), session=session)
+                always = timedelta(0)
+                self._connection = lancedb.connect(
+                    place, read_consistency_interval=always, storage_options=options, session=session
+                )
             return self._connection
 
     @contextmanager
@@ -289,8 +291,11 @@ class SliceIndex:
         """Lance's errors are of no class of its own."""
         try:
             yield
+        except StorageUnreachable:
+            raise
         except (RuntimeError, OSError, ValueError) as error:
             self._opened.pop(name, None)
+            self._files.reached(error)
             raise IndexBroken(f"table {name}: {type(error).__name__}") from error
 
 

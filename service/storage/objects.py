@@ -22,6 +22,10 @@ class Objects(Protocol):
         """When the object, or anything in the folder, came last, in seconds of time.time(); None where it is gone."""
         ...
 
+    def size_bytes(self, folder: str) -> int:
+        """Of everything in the folder."""
+        ...
+
     def read(self, name: str) -> bytes:
         """Raises FileNotFoundError."""
         ...

@@ -25,6 +25,7 @@ from service.storage.index import SliceIndex
 from service.storage.indexes import Indexes
 from service.storage.inspection import Inspection
 from service.storage.jobs import Jobs
+from service.storage.lance_files import BucketTables, LocalTables, TableFiles
 from service.storage.leases import Leases
 from service.storage.objects import Objects
 from service.storage.predictions import Predictions
@@ -79,7 +80,7 @@ def open_stores(settings: Settings) -> Stores:
     return Stores(
         archive=archive,
         bags=Bags(objects_of(settings, "bags"), verify=settings.verify_reads),
-        index=SliceIndex(root / "index"),
+        index=SliceIndex(tables_of(settings)),
         indexes=Indexes(database),
         database=database,
         inspection=Inspection(database),
@@ -113,3 +114,13 @@ def objects_of(settings: Settings, store: str) -> Objects:
     from service.storage.bucket import Bucket  # boto3 takes long to import
 
     return Bucket(settings.bucket).below(store)
+
+
+def tables_of(settings: Settings, folder: str = "index") -> TableFiles:
+    """The place of the index's tables, as objects_of()."""
+    if settings.bucket is None:
+        return LocalTables(settings.data_dir / folder)
+    from service.storage.bucket import Bucket
+
+    bucket = Bucket(settings.bucket).below(folder)
+    return BucketTables(bucket, bucket.uri, bucket.lance_options())
