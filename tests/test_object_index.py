@@ -90,3 +90,15 @@ def test_a_server_that_lance_alone_does_not_reach_is_away_too(index, settings, m
 
     with pytest.raises(StorageUnreachable, match="Lance"):
         SliceIndex(files).rows("t")
+
+
+def test_lance_gets_the_same_server_region_and_credentials(settings, monkeypatch):
+    _, ours = tables_of(settings).connection()
+    assert (ours["aws_region"], ours["aws_access_key_id"], ours["allow_http"]) == ("us-east-1", "test", "True")
+    assert ours["aws_endpoint"].startswith("http://127.0.0.1:")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+
+    _, amazons = tables_of(settings).connection()
+
+    assert not {"aws_endpoint", "aws_region", "allow_http"} & amazons.keys()

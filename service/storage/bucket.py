@@ -24,6 +24,8 @@ PAGE = 1000  # objects, the most that S3 lists, or deletes, at once
 CONNECTIONS = 64  # of one process: as many as its threads read at once
 CONNECT_SECONDS = 5.0  # a server that is away is told soon; boto3 tries again by its own settings
 
+ANY = "us-east-1"  # the region of servers that have none
+
 GONE = {"404", "NoSuchKey"}
 TAKEN = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 NO_CONDITIONS = {"501", "NotImplemented"}
@@ -110,10 +112,11 @@ class Bucket:
     def lance_options(self) -> dict[str, str]:
         """The same server, region and credentials for Lance, as its storage options. Credentials that expire it finds
         itself, by a role or web identity."""
-        meta, credentials = self._client.meta, boto3.Session().get_credentials()
-        options = {"aws_region": meta.region_name or "us-east-1"}
-        if not meta.endpoint_url.endswith(".amazonaws.com"):
-            options |= {"aws_endpoint": meta.endpoint_url, "allow_http": str(meta.endpoint_url.startswith("http:"))}
+        session, url = boto3.Session(), str(self._client.meta.endpoint_url)
+        credentials = session.get_credentials()
+        options = {"aws_region": session.region_name} if session.region_name else {}  # else it asks the bucket
+        if not url.endswith(".amazonaws.com"):
+            options = {"aws_endpoint": url, "allow_http": str(url.startswith("http:")), "aws_region": ANY, **options}
         if credentials is not None and not isinstance(credentials, RefreshableCredentials):
             options |= {"aws_access_key_id": credentials.access_key, "aws_secret_access_key": credentials.secret_key}
             options |= {"aws_session_token": credentials.token} if credentials.token else {}
