@@ -17,13 +17,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from service import errors
+from service import errors, logs
 from service.audited import Audited
 from service.auth import Access, Authenticated, require_key
 from service.deps import EncoderNames, cached_heads
 from service.dicomweb.addresses import PREFIX
 from service.disk import is_full
 from service.erasing import Eraser
+from service.logs import Logged
 from service.metrics import FromStores, Timed
 from service.queue import Queue
 from service.recorder import Recorder
@@ -96,6 +97,7 @@ class State(TypedDict):
 def create_app(settings: Settings | None = None) -> FastAPI:
     """The API over the stores of these settings; of the environment's where none are given."""
     settings = settings or Settings()
+    logs.set_up(settings)
     registry = CollectorRegistry()
 
     @asynccontextmanager
@@ -130,6 +132,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("keyslice"),
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry={
+            "tracing": False,
+            "logs": False,
+        },  # OpenTelemetry's have paths, which name patients
         responses={
             "4XX": {"description": "What was found and what was expected", "content": {PROBLEM: PROBLEM_CONTENT}}
         },
@@ -161,6 +167,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Audited)
     app.add_middleware(Authenticated, refuse=_on_error)
     app.add_middleware(Timed, registry=registry)
+    app.add_middleware(Logged)
     if origins := [each.strip() for each in settings.cors_origins.split(",") if each.strip()]:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(errors.KeysliceError, _on_error)

@@ -41,12 +41,15 @@ app.add_typer(audit, name="audit")
 @app.command(epilog="Example: KEYSLICE_PORT=9000 keyslice up")
 def up() -> None:
     """Serve: start API, worker and, unless KEYSLICE_BROKER_URL is set, a broker; Ctrl-C stops all."""
+    from service import logs
     from service.embedded import CannotStart
     from service.embedded import up as run
 
+    settings = read_settings()
     logging.basicConfig(level=logging.INFO, format="keyslice: %(message)s")
+    logs.set_up(settings)
     try:
-        run(read_settings())
+        run(settings)
     except CannotStart as error:
         fail(str(error))
 
@@ -240,10 +243,13 @@ def calibrate(
 ) -> None:
     """Measure which way of running an encoder is fastest on this machine, and use it from now on."""
     from models.calibrate import calibrate as measure
+    from service import logs
 
     settings, spec = _permitted(name)
+    logs.set_up(settings)
+    note = logging.getLogger("models.calibrate").info if settings.log_format == "json" else typer.echo
     try:
-        measure(spec, mode or settings.mode, settings.weights_path, typer.echo, again)
+        measure(spec, mode or settings.mode, settings.weights_path, note, again)
     except (MissingWeights, WrongWeights) as error:
         fail(str(error))
 

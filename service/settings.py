@@ -3,7 +3,7 @@
 import ipaddress
 import re
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
@@ -120,6 +120,9 @@ class Settings(BaseSettings):
         2 * 2**30, ge=0, description="bytes that stay free on the data directory's disk: nothing is taken in below"
     )
 
+    log_format: Literal["text", "json"] = Field(
+        "text", description="json writes every log line as an object, with the ids of request, task, job and series"
+    )
     audit_key: SecretStr | None = Field(None, min_length=16, description="signs the audit's entries; unset, unsigned")
     audit_days: float | None = Field(None, gt=0, description="after which entries of the audit go; unset, never")
     verify_reads: bool = Field(

@@ -24,6 +24,7 @@ from models.ct.decode import DECODERS
 from models.ct.header import NotDicom, read_header
 from models.ct.reasons import Reason
 from models.specs import MissingWeights, WrongWeights
+from service import logs
 from service.disk import Room
 from service.errors import BeingErased, NoRoom
 from service.intake import NamedSetAside, collect
@@ -243,6 +244,7 @@ def main() -> None:
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)  # it would quote data sets
     _config.LOG_HANDLER_LEVEL = "none"
     settings, stop = read_settings(), threading.Event()
+    logs.set_up(settings)
     if settings.receive_port is None:
         fail("KEYSLICE_RECEIVE_PORT is not set, expected the port to listen on")
     for number in (signal.SIGINT, signal.SIGTERM):
