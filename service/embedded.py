@@ -202,7 +202,7 @@ def parts(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:
         environment["KEYSLICE_BROKER_URL"] = f"redis+socket://{socket_path}"
         children.append(Child("broker", _valkey(data_dir / "broker", socket_path), environment))
     python = [sys.executable, "-P", "-m"]  # -P: a `models` folder of the caller's is not ours
-    worker = ["celery", "-A", "workers.app", "worker", "--loglevel", "info"]
+    worker = ["celery", "--quiet", "-A", "workers.app", "worker", "--loglevel", "info"]
     quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
     api = ["uvicorn", "--factory", "service.app:create_app", "--host", settings.host, "--port", str(settings.port)]
     # No access log: its paths would carry patient ids.

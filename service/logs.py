@@ -106,6 +106,7 @@ def _request_id(scope: Scope) -> str:
 def follow_tasks(settings: Settings) -> None:
     """A worker's lines name the task and what it is about."""
     if settings.log_format == "json":
+        as_json()  # Celery warns before it sets logging up
         setup_logging.connect(lambda **_: as_json(), weak=False)  # instead of Celery's own way
         task_prerun.connect(_begin, weak=False)
         task_postrun.connect(_end, weak=False)
