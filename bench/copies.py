@@ -93,7 +93,7 @@ def store(
             identity = each.identity
             staged = folder / "staged"
             staged.write_bytes(b"")  # the archive's files are named by the catalog and never read here
-            stores.archive.add(identity.series_uid, identity.uid("slice", "0"), staged)
+            stores.archive.add(identity.series_uid, [(identity.uid("slice", "0"), staged)])
             arrivals.append(Arrival(identity.series_uid, identity.study_uid, identity.patient_id, each.columns))
         stores.catalog.receive(arrivals, encoder_id)
         for each in group:
@@ -122,7 +122,7 @@ def draw(made: Iterator[Made], count: int) -> list[tuple[int, Floats]]:
 def _embed(made: Made, encoder_id: str, windows: list[str], stores: Stores) -> None:
     identity, slices = made.identity, len(made.bag)
     sop_uids = [identity.uid("slice", str(number)) for number in range(slices)]
-    content = content_of([f"{sop_uids[0]}.dcm"])
+    content = content_of(sop_uids[:1])
     receipt = {"windows": windows, "sop_uids": sop_uids, "z_mm": [float(number) for number in range(slices)]}
     key = EmbeddingKey(identity.series_uid, encoder_id)
     stores.bags.put(key, content, made.bag, receipt)

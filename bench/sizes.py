@@ -21,8 +21,9 @@ from service.settings import Settings
 from service.storage.bags import Bags
 from service.storage.folder import Folder
 from service.storage.keys import EmbeddingKey
+from service.storage.staging import staging
 from service.storage.stores import Stores, open_stores
-from service.uploads import StagedFile, staging
+from service.uploads import StagedFile
 
 SERIES = 60
 SLICES = 51

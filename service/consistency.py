@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from service.checking import DIFFERING, check_index, compare
+from service.errors import StorageUnreachable
 from service.indexing import keep_index
 from service.settings import Settings
-from service.storage.archive import sha256_of
 from service.storage.catalog import OPEN
 from service.storage.index import IndexBroken
 from service.storage.inspection import LOST_BAG, Archived
@@ -107,12 +107,12 @@ def _files(series: Archived, stores: Stores, *, repair: bool) -> Iterator[Differ
         return
     if stores.inspection.archived_now(uid) != series or stores.erasures.being_erased(uid):
         return
-    files, sums = {path.stem for path in stores.archive.files(uid)}, stores.checksums.of(uid)
+    files, sums = set(stores.archive.sop_uids(uid)), stores.checksums.of(uid)
     known = len(sums) == series.received  # then the catalog knows them by name
     if known and files > sums.keys():
         for sop_uid in sorted(files - sums.keys()):
             if repair:
-                stores.archive.file(uid, sop_uid).unlink(missing_ok=True)
+                stores.archive.discard(uid, sop_uid)
             yield Difference("file_unknown", f"{uid}/{sop_uid}", "the catalog does not count it", repair)
     elif known and sums.keys() - files:
         for sop_uid in sorted(sums.keys() - files):
@@ -125,11 +125,12 @@ def _files(series: Archived, stores: Stores, *, repair: bool) -> Iterator[Differ
 def _damaged_files(series: Archived, stores: Stores) -> Iterator[Difference]:
     sums = stores.checksums.of(series.series_uid)
     for sop_uid in sorted(sums):
-        path = stores.archive.file(series.series_uid, sop_uid)
         try:
-            wrong = sha256_of(path) != sums[sop_uid]
+            wrong = stores.archive.sha256(series.series_uid, sop_uid) != sums[sop_uid]
         except FileNotFoundError:  # told already, or erased meanwhile
             continue
+        except StorageUnreachable:
+            raise
         except OSError as error:
             yield Difference("file_damaged", f"{series.series_uid}/{sop_uid}", f"{error.strerror}; {SEND_AGAIN}")
             continue
@@ -170,7 +171,7 @@ def _bag(key: EmbeddingKey, content: str, stores: Stores, *, repair: bool, check
         or stores.erasures.being_erased(key.series_uid)
     ):
         return None
-    again = bool(stores.archive.files(key.series_uid))
+    again = bool(stores.archive.sop_uids(key.series_uid))
     if repair:
         state, error = ("received", None) if again else ("failed", LOST_BAG)
         stores.inspection.withdraw(key, content, state, error)

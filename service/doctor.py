@@ -1,5 +1,6 @@
 """What a service on this machine needs, tried one after another."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -25,6 +26,7 @@ from service.storage.index import SliceIndex, SliceRows
 from service.storage.keys import EmbeddingKey
 from service.storage.lance_files import TableFiles
 from service.storage.objects import Objects
+from service.storage.staging import staging
 from service.storage.stores import Stores, objects_of, open_stores, tables_of
 
 PACKAGES = ("keyslice", "torch", "timm", "onnxruntime", "pydicom", "zarr", "lancedb", "fastapi", "celery", "sqlalchemy")
@@ -48,7 +50,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield _tried("decoders", _decoders)
     yield _tried("device", _device)
     yield _tried("disk", lambda: _disk(settings))
-    yield _tried("archive", lambda: _archive(settings.data_dir / "archive"))
+    yield _tried("archive", lambda: _archive(objects_of(settings, "archive"), settings.staging_dir))
     yield _tried("bags", lambda: _bags(objects_of(settings, "bags")))
     yield _tried("index", lambda: _index(tables_of(settings)))
     try:
@@ -126,15 +128,18 @@ def _beside(root: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _archive(root: Path) -> str:
-    with _beside(root) as folder:
-        started, store, content = time.perf_counter(), Archive(folder / "archive"), os.urandom(2**19)
-        (folder / "staged").write_bytes(content)
-        store.add("1", "1.1", folder / "staged")
-        store.flush("1")
-        if store.read_file("1", "1.1").read_bytes() != content:
+def _archive(place: Objects, staging_dir: Path) -> str:
+    folder = f".doctor-{uuid.uuid4().hex[:8]}"
+    started, store, content = time.perf_counter(), Archive(place.below(folder), staging_dir), os.urandom(2**19)
+    try:
+        with staging(staging_dir) as inside:
+            (inside / "staged").write_bytes(content)
+            store.add("1", [("1.1", inside / "staged")])
+        if store.sha256("1", "1.1") != hashlib.sha256(content).digest():
             raise Ailing("a file did not read as it was written")
         return _took("a file", started)
+    finally:
+        place.remove(folder)
 
 
 def _bags(place: Objects) -> str:

@@ -23,9 +23,9 @@ from service.storage.chain import SERVICE
 from service.storage.erasures import Doomed
 from service.storage.index import IndexBroken, one_of
 from service.storage.leases import Held
+from service.storage.staging import remove_abandoned
 from service.storage.stores import Stores
 from service.storage.tables import ErasureRow, IndexRow
-from service.uploads import remove_abandoned
 
 PATIENCE_SECONDS = 60.0  # for another writer of the index, or a reader of the catalog; the sweep has as much each time
 LEASE_SECONDS = 15.0  # kept alive by its holder
@@ -93,7 +93,7 @@ class Eraser:
         stores.erasures.note(
             erasure_id,
             {
-                "archive_files": sum(len(stores.archive.files(uid)) for uid in uids),
+                "archive_files": sum(len(stores.archive.sop_uids(uid)) for uid in uids),
                 "bags": sum(map(stores.bags.count, uids)),
                 "heat_maps": sum(map(stores.heatmaps.count, uids)),
             },

@@ -186,19 +186,19 @@ def _archive(series: SeriesIntake, stores: Stores) -> Arrival:
     uid, about = series.series_uid, about_series(series.staged[0][1])
     sop_uids, sums = [sop_uid for sop_uid, _ in series.staged], dict[str, bytes]()
     known = stores.checksums.of(uid, sop_uids)
-    for sop_uid, path in series.staged:
-        sha256 = sha256_of(path)
+    found = [sha256_of(path) for _, path in series.staged]
+    for (sop_uid, path), sha256 in zip(series.staged, found, strict=True):
         if known.get(sop_uid) == sha256:
             stores.archive.mend(uid, sop_uid, path, sha256)
-        if stores.archive.add(uid, sop_uid, path):
+    for sop_uid, sha256, added in zip(sop_uids, found, stores.archive.add(uid, series.staged), strict=True):
+        if added:
             series.received += 1
             sums[sop_uid] = sha256
         else:
             series.duplicates += 1
             if sop_uid not in known and sop_uid not in sums:  # whoever brought it died before it said so
                 with suppress(FileNotFoundError):  # erased meanwhile, which the catalog finds out
-                    sums[sop_uid] = sha256_of(stores.archive.file(uid, sop_uid))
-    stores.archive.flush(uid)
+                    sums[sop_uid] = stores.archive.sha256(uid, sop_uid)
     return Arrival(uid, series.study_uid, series.patient_id, about, sop_uids, sums)
 
 

@@ -27,7 +27,7 @@ class Settings(BaseSettings):
     weights_dir: Path | None = Field(None, description="weights that no package brings; default <data_dir>/weights")
     database_url: str | None = Field(None, description="SQLAlchemy URL; default SQLite at <data_dir>/catalog.db")
     object_store: str | None = Field(
-        None, description="s3://bucket/prefix where bags and index lie instead of in the data directory"
+        None, description="s3://bucket/prefix where archive, bags and index lie instead of in the data directory"
     )
     broker_url: str | None = Field(None, description="Redis or Valkey URL; unset, `keyslice up` starts its own Valkey")
     encoder: str = Field(DEFAULT_ENCODER, description="the encoder of uploads that name none")

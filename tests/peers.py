@@ -88,7 +88,7 @@ def stored_series(stores: Stores, paths: list[Path], seed: int, kind: str = "sli
     for path, header in zip(paths, headers, strict=True):
         staged = path.with_suffix(".staged")
         shutil.copy(path, staged)
-        stores.archive.add(uid, str(header.SOPInstanceUID), staged)
+        stores.archive.add(uid, [(str(header.SOPInstanceUID), staged)])
     stores.catalog.receive([Arrival(uid, str(headers[0].StudyInstanceUID), str(headers[0].PatientID))], ENCODER)
     if commit:
         key, (content, _) = EmbeddingKey(uid, ENCODER), stores.archive.content(uid)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from archived import archived_file
 
 from service.indexing import index_bags
 from service.settings import Settings
@@ -38,9 +39,9 @@ def random_bag(seed: int, slices: int = 5, dim: int = DIM) -> np.ndarray:
 def embed_made(stores: Stores, made: Made, encoder_id: str = ENCODER) -> str:
     """Into archive, catalog and bags, as a worker leaves it; again for a bag that changed. Answers its content."""
     for k in range(len(made.bag)):
-        staged = stores.archive.file(made.series_uid, "x").parent.parent / "staged"
+        staged = archived_file(stores, made.series_uid, "x").parents[2] / "staged"
         staged.write_bytes(b"DICM")
-        stores.archive.add(made.series_uid, f"{made.series_uid}.{k}", staged)
+        stores.archive.add(made.series_uid, [(f"{made.series_uid}.{k}", staged)])
     stores.catalog.receive([Arrival(made.series_uid, made.study, made.patient, made.about)], encoder_id)
     key = EmbeddingKey(made.series_uid, encoder_id)
     content, _ = stores.archive.content(made.series_uid)

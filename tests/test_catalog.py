@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
+from archived import archived_file
 
 from models.health import BagHealth
 from service.errors import NotEmbeddedYet, OtherEncoder, PatientNotFound, SeriesNotFound
@@ -25,9 +26,9 @@ STALE, ATTEMPTS = 60.0, 3
 
 def archive(stores: Stores, series_uid: str, *sop_uids: str) -> None:
     for sop_uid in sop_uids:
-        staged = stores.archive.file(series_uid, sop_uid).parent.parent / "staged"
+        staged = archived_file(stores, series_uid, sop_uid).parents[2] / "staged"
         staged.write_bytes(b"DICM")
-        stores.archive.add(series_uid, sop_uid, staged)
+        stores.archive.add(series_uid, [(sop_uid, staged)])
 
 
 def commit(stores: Stores, key: EmbeddingKey = KEY) -> str:

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from archived import archived, archived_file
 from posting import slice_files
 from searching import ENCODER, random_bag, three_indexed
 from typer.testing import CliRunner
@@ -18,7 +19,8 @@ from service.intake import take_in
 from service.settings import Settings
 from service.storage.inspection import LOST_BAG
 from service.storage.keys import EmbeddingKey
-from service.uploads import StagedFile, staging
+from service.storage.staging import staging
+from service.uploads import StagedFile
 
 LEFT = 3
 SENT = Identity("CHECKED")
@@ -66,7 +68,7 @@ def bag_path(stores, key=KEY):
 
 
 def first_file(stores):
-    return stores.archive.files(SENT.series_uid)[0]
+    return archived(stores, SENT.series_uid)[0]
 
 
 def test_stores_that_agree_are_counted(stores):
@@ -96,7 +98,7 @@ def test_a_damaged_file_is_found_unless_asked_to_be_quick(stores):
 
 
 def test_a_file_that_the_catalog_does_not_count_goes(stores, tmp_path):
-    left = stores.archive.file(SENT.series_uid, "9.9")
+    left = archived_file(stores, SENT.series_uid, "9.9")
     left.write_bytes(b"DICM")
     age(tmp_path)
 

@@ -6,6 +6,7 @@ import json
 import httpx
 import numpy as np
 import pytest
+from archived import archived, archived_file
 from buckets import overwrite
 from posting import slice_files
 from searching import ENCODER, Made, embed_made, random_bag
@@ -20,8 +21,9 @@ from service.settings import Settings
 from service.storage.bags import Bags
 from service.storage.inspection import LOST_BAG
 from service.storage.keys import EmbeddingKey
+from service.storage.staging import staging
 from service.storage.stores import open_stores
-from service.uploads import StagedFile, staging
+from service.uploads import StagedFile
 from workers import pipeline
 
 SENT = Identity("SUMS")
@@ -61,20 +63,20 @@ def test_the_checksum_of_every_file_is_recorded_as_it_arrives(stores, settings):
     sums = stores.checksums.of(SENT.series_uid)
 
     assert set(sums.values()) == sent
-    assert sums.keys() == {path.stem for path in stores.archive.files(SENT.series_uid)}
+    assert sums.keys() == {path.stem for path in archived(stores, SENT.series_uid)}
 
 
 def test_a_file_whose_bringer_died_before_the_catalog_is_summed_when_it_is_sent_again(stores, settings):
     for name, content in slice_files(SENT, count=1):
         (settings.data_dir / name).write_bytes(content)
         uid = f"{SENT.series_uid}.1"
-        stores.archive.add(SENT.series_uid, uid, settings.data_dir / name)
-    left = stores.archive.file(SENT.series_uid, uid).read_bytes()
+        stores.archive.add(SENT.series_uid, [(uid, settings.data_dir / name)])
+    left = archived_file(stores, SENT.series_uid, uid).read_bytes()
 
     post(stores, settings, count=2)
     post(stores, settings, count=3)
 
-    files = {path.stem: hashlib.sha256(path.read_bytes()).digest() for path in stores.archive.files(SENT.series_uid)}
+    files = {path.stem: hashlib.sha256(path.read_bytes()).digest() for path in archived(stores, SENT.series_uid)}
     assert hashlib.sha256(left).digest() in files.values()
     assert stores.checksums.of(SENT.series_uid).items() <= files.items()
     assert len(stores.checksums.of(SENT.series_uid)) == 3
@@ -82,7 +84,7 @@ def test_a_file_whose_bringer_died_before_the_catalog_is_summed_when_it_is_sent_
 
 def test_a_damaged_file_is_mended_by_sending_it_again_and_another_file_changes_nothing(stores, settings):
     post(stores, settings)
-    first, second, _ = stores.archive.files(SENT.series_uid)
+    first, second, _ = archived(stores, SENT.series_uid)
     whole = first.read_bytes()
     spoil(first)
 
@@ -91,28 +93,31 @@ def test_a_damaged_file_is_mended_by_sending_it_again_and_another_file_changes_n
     assert first.read_bytes() == whole
     assert [(each.received, each.duplicates) for each in taken.series] == [(0, 3)]
     assert not [path for path in first.parent.iterdir() if path.name.startswith(".")]
-    assert stores.archive.read_files(SENT.series_uid)[:2] == [first, second]
+    with stores.archive.reading(SENT.series_uid) as paths:
+        assert paths[:2] == [first, second]
 
 
 def test_a_damaged_file_is_refused_where_reads_are_verified(stores, settings):
     post(stores, settings)
-    first, *_ = stores.archive.files(SENT.series_uid)
+    first, *_ = archived(stores, SENT.series_uid)
     spoil(first)
 
-    with pytest.raises(Damaged, match="1 of 3 files are not what arrived") as refused:
-        stores.archive.read_files(SENT.series_uid)
+    refusal = pytest.raises(Damaged, match="1 of 3 files are not what arrived")
+    with refusal as refused, stores.archive.reading(SENT.series_uid):
+        pass
     assert refused.value.found["sop_uids"] == [first.stem]
     assert SENT.series_uid not in str(refused.value)
 
     plain = open_stores(settings.model_copy(update={"verify_reads": False}))
-    assert len(plain.archive.read_files(SENT.series_uid)) == 3
+    with plain.archive.reading(SENT.series_uid) as paths:
+        assert len(paths) == 3
     plain.close()
 
 
 @pytest.mark.parametrize("path", ["/dicom-web/studies/{study}", "/dicom-web/studies/{study}/series/{series}/metadata"])
 def test_a_read_of_a_damaged_file_is_answered_with_a_problem(stores, settings, path):
     post(stores, settings)
-    spoil(stores.archive.files(SENT.series_uid)[0])
+    spoil(archived(stores, SENT.series_uid)[0])
 
     with TestClient(create_app(settings)) as http:
         answer = http.get(path.format(study=SENT.study_uid, series=SENT.series_uid))
@@ -124,7 +129,7 @@ def test_a_read_of_a_damaged_file_is_answered_with_a_problem(stores, settings, p
 
 def test_a_damaged_file_fails_its_embedding_and_says_why(stores, settings):
     post(stores, settings)
-    spoil(stores.archive.files(SENT.series_uid)[0])
+    spoil(archived(stores, SENT.series_uid)[0])
 
     class Worker:
         holder = "worker"

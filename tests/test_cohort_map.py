@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow as pa
 import pytest
+from archived import archived_file
 from cohort import COHORT, DIM, WINDOWS, fill
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -43,7 +44,7 @@ def client(tmp_path_factory):
     fill(opened, settings)
     for each in COHORT:
         for sop_uid in each.receipt["sop_uids"]:
-            file = opened.archive.file(each.series_uid, sop_uid)
+            file = archived_file(opened, each.series_uid, sop_uid)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(b"no DICOM")
     opened.tags.put("1.2.3.1", ["pilot", HOSTILE])

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from archived import archived
 from posting import slice_files, tarred
 from starlette.testclient import TestClient
 
@@ -133,7 +134,7 @@ def test_every_series_is_embedded_whole_wherever_its_files_lie(stores, settings,
 def test_our_archive_is_a_copy(own, settings, root, embedder):
     embedder(own)
     run(own, settings, begin(own, root))
-    before = {path: path.read_bytes() for path in own.archive.files(Identity("MIXED-1").series_uid)}
+    before = {path: path.read_bytes() for path in archived(own, Identity("MIXED-1").series_uid)}
 
     for path in root.rglob("MIXED-1-*"):
         with path.open("r+b") as file:
@@ -210,7 +211,7 @@ def test_a_dry_run_embeds_nothing(own, settings, root):
     export_id = begin(own, root, dry_run=True)
 
     assert [state for state, *_ in run(own, settings, export_id).values()] == ["found"] * 2
-    assert own.archive.files(Identity("MIXED-1").series_uid) == []
+    assert archived(own, Identity("MIXED-1").series_uid) == []
 
 
 def test_an_archive_that_breaks_in_the_middle_fails_and_says_so(own, settings, tmp_path):

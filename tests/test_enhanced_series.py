@@ -89,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 def archive(worker: Resources, identity: Identity, paths) -> None:
     for path in paths:
-        worker.stores.archive.add(identity.series_uid, str(pydicom.dcmread(path).SOPInstanceUID), path)
+        worker.stores.archive.add(identity.series_uid, [(str(pydicom.dcmread(path).SOPInstanceUID), path)])
 
 
 def bag(stores: Stores, identity: Identity, encoder: str) -> np.ndarray:

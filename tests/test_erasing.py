@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import sqlalchemy
 import torch
+from archived import archived
 from posting import slice_files
 from safetensors.torch import save_file
 from searching import ENCODER, Made, embed_made, random_bag
@@ -31,9 +32,10 @@ from service.similar import Asked, QuerySlice, search
 from service.storage.chain import Event
 from service.storage.keys import EmbeddingKey, HeatSpot
 from service.storage.selection import Narrowed
+from service.storage.staging import staging
 from service.storage.stores import open_stores
 from service.storage.tables import EmbeddingRow, HeadRow, Row, SeriesRow
-from service.uploads import StagedFile, staging
+from service.uploads import StagedFile
 from workers import pipeline
 from workers.resources import Resources
 
@@ -91,7 +93,7 @@ def embed(eraser: Eraser, identity: Identity, seed: int, count: int = 4) -> np.n
     stores, key = eraser.stores, EmbeddingKey(identity.series_uid, ENCODER)
     content, _ = stores.archive.content(identity.series_uid)
     bag = random_bag(seed, slices=count)
-    sop_uids = [path.stem for path in stores.archive.files(identity.series_uid)]
+    sop_uids = [path.stem for path in archived(stores, identity.series_uid)]
     receipt = {"windows": ["abdomen", "lung"], "sop_uids": sop_uids, "z_mm": [5.0 * k for k in range(count)]}
     assert stores.catalog.claim(key, "worker", 60, 3)
     stores.bags.put(key, content, bag, receipt)
@@ -121,7 +123,7 @@ def fill(eraser: Eraser) -> list[bytes]:
     read = Event("local", "series.read", series_uids=(GONE.series_uid,), patient_ids=(GONE.patient_id,))
     stores.audit.append([read])
     marks = [GONE.series_uid.encode(), old[1, 1].tobytes(), new[2, 0].tobytes()]
-    return marks + [path.stem.encode() for path in stores.archive.files(GONE.series_uid)]
+    return marks + [path.stem.encode() for path in archived(stores, GONE.series_uid)]
 
 
 def trained(stores, state: str = "ready") -> str:

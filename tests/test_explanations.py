@@ -8,6 +8,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from archived import archived_file
 from PIL import Image
 from posting import slice_files
 from safetensors.torch import save_file
@@ -93,7 +94,7 @@ def archive_series(worker: Resources, encoder: str) -> None:
     staged = worker.settings.data_dir / "staged"
     for number, (_, content) in enumerate(slice_files(IDENTITY, count=6, size=128)):
         staged.write_bytes(content)
-        worker.stores.archive.add(UID, sop_uid(number), staged)
+        worker.stores.archive.add(UID, [(sop_uid(number), staged)])
     worker.stores.catalog.receive([Arrival(UID, IDENTITY.study_uid, IDENTITY.patient_id)], encoder)
 
 
@@ -197,7 +198,7 @@ def test_a_heat_map_is_of_its_slice_window_and_label(place, number, window, labe
 def slow_cells(place: Place, number: int, window: int, label: int) -> np.ndarray:
     """Each cell of the last map made a thousandth larger and smaller, through the pooling, the norm and the head."""
     bare = load_network(TEST, place.worker.settings.weights_path).double()
-    path = place.worker.stores.archive.file(UID, sop_uid(number))
+    path = archived_file(place.worker.stores, UID, sop_uid(number))
     picture = encoder_input(read_hu(path), TEST.windows, TEST.input_size)[window]
     mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (TEST.mean, TEST.std))
     bag, ensemble = torch.from_numpy(bag_of(place).reshape(12, -1).astype(np.float64)), untrained(TEST.dim).double()
@@ -226,7 +227,7 @@ def test_its_picture_is_the_slice_at_the_window_with_the_cells_on_it(place):
 
     answer = place.get("slices/2/heatmap", window="lung", label="nodule", accept="image/png")
 
-    slice = apply_window(read_hu(place.worker.stores.archive.file(UID, sop_uid(2))), LUNG)
+    slice = apply_window(read_hu(archived_file(place.worker.stores, UID, sop_uid(2))), LUNG)
     assert answer.headers["content-type"] == "image/png"
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer.content))), overlay(slice, numbers["cells"]))
     assert answer.headers["x-keyslice-method"] == "decomposition"

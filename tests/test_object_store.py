@@ -1,4 +1,4 @@
-"""The service whose bags and index lie in a bucket: POST, prediction, erasure, and while the bucket is away."""
+"""The service whose stores lie in a bucket: POST, prediction, erasure, and while the bucket is away."""
 
 import json
 from collections import Counter
@@ -46,9 +46,12 @@ def test_from_a_post_to_a_prediction_to_an_erasure(s3, tmp_path):
             job = post(http, slice_files(identity, count=3, seed=k)).json()["job_id"]
             assert wait(http, job)["state"] == "done"
         places = Counter(key.split("/")[1] for key in stored(s3))
-        assert places.keys() == {"bags", "index"}
+        assert places.keys() == {"archive", "bags", "index"}
+        assert places["archive"] == 3 * len(identities)
         assert places["bags"] == 2 * len(identities)
 
+        picture = http.get(f"/v1/series/{identities[0].series_uid}/slices/1/image").raise_for_status()
+        assert picture.content.startswith(b"\x89PNG")
         query = {"series_uid": identities[0].series_uid, "slice": 1, "window": "lung", "k": 2}
         hits = http.post("/v1/search", json=query).raise_for_status().json()["hits"]
         assert (hits[0]["series_uid"], hits[0]["slice"]) == (identities[0].series_uid, 1)
@@ -67,7 +70,7 @@ def test_from_a_post_to_a_prediction_to_an_erasure(s3, tmp_path):
             assert receipt["removed"]["bags"] == 1
 
         assert stored(s3) == []
-        assert not (data / "bags").exists() and not (data / "index").exists()
+        assert not [name for name in ("archive", "bags", "index") if (data / name).exists()]
 
 
 @pytest.fixture
@@ -106,7 +109,7 @@ class TestWhileTheBucketIsAway:
                 answer = http.delete(f"/v1/series/{UID}")
         assert (answer.status_code, answer.json()["type"]) == (503, "urn:keyslice:erasure-unfinished")
         assert "object store" in answer.json()["detail"]
-        assert len(stored(s3)) == 2
+        assert {key.split("/")[1] for key in stored(s3)} == {"archive", "bags"}
 
         stores = open_stores(settings)
         Eraser(stores, NoMessages(settings, stores), settings).sweep()
@@ -128,13 +131,12 @@ class TestWhileTheBucketIsAway:
         result = CliRunner().invoke(app, ["doctor", "--json"])
 
         found = {each["name"]: each for each in json.loads(result.stdout)}
-        assert (found["bags"]["well"], found["archive"]["well"]) == (False, True)
+        assert (found["bags"]["well"], found["archive"]["well"], found["disk"]["well"]) == (False, False, True)
         assert "does not answer" in found["bags"]["found"]
 
     def test_a_series_waits_and_does_not_fail(self, away):
         stores = open_stores(away)
         key = EmbeddingKey("1.2.2", ENCODER)
-        content, _ = stores.archive.content(UID)
 
         class Worker:
             holder = "worker"
@@ -149,7 +151,7 @@ class TestWhileTheBucketIsAway:
         )
         stores.inspection.withdraw(key, stores.catalog.embedding(*vars(key).values()).content, "received")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "_embed", lambda *_: stores.bags.exists(key, content))
+            patch.setattr(pipeline, "_embed", lambda *_: stores.bags.exists(key, "c0"))
             for _ in range(away.max_attempts + 2):
                 with pytest.raises(OSError, match="object store"):
                     pipeline.embed_series(key.series_uid, key.encoder_id, worker)

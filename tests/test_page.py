@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from archived import archived
 from conftest import missing
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from posting import embed, post, slice_files, tarred
@@ -265,7 +266,7 @@ class Bench:
             self.stores.archive.content(uid),
         )
         bag = np.random.default_rng(count).normal(size=(count, 2, 1280)).astype(np.float16)
-        sop_uids = [path.stem for path in self.stores.archive.files(uid)]
+        sop_uids = [path.stem for path in archived(self.stores, uid)]
         z_mm = [5.0 * k for k in range(count)]
         self.stores.bags.put(key, content, bag, {"windows": ["abdomen", "lung"], "sop_uids": sop_uids, "z_mm": z_mm})
         geometry = {"slices": count, "rows": 32, "columns": 32, "pixel_spacing_mm": [1.0, 1.0], "slice_spacing_mm": 5.0}

@@ -39,7 +39,7 @@ def received(worker, encoder):
     staged = worker.settings.data_dir / "staged"
     for number, (_, content) in enumerate(slice_files(IDENTITY, count=3)):
         staged.write_bytes(content)
-        worker.stores.archive.add(IDENTITY.series_uid, f"1.2.{number}", staged)
+        worker.stores.archive.add(IDENTITY.series_uid, [(f"1.2.{number}", staged)])
     arrival = Arrival(IDENTITY.series_uid, study_uid=IDENTITY.study_uid, patient_id="PIPELINE")
     worker.stores.catalog.receive([arrival], encoder)
     return EmbeddingKey(IDENTITY.series_uid, encoder)

@@ -20,6 +20,7 @@ import httpx
 import numpy as np
 import pydicom
 import pytest
+from archived import archived_file
 from conftest import missing
 from pydantic import ValidationError
 from pydicom import uid
@@ -115,7 +116,7 @@ def acknowledged(output: str) -> list[Path]:
 
 def place(path: Path, stores: Stores) -> Path:
     header = read_header(path)
-    return stores.archive.file(str(header.SeriesInstanceUID), str(header.SOPInstanceUID))
+    return archived_file(stores, str(header.SeriesInstanceUID), str(header.SOPInstanceUID))
 
 
 def left_behind(settings: Settings) -> list[Path]:
@@ -275,7 +276,7 @@ def test_what_is_set_aside_is_refused_with_its_reason_and_leaves_nothing(
 
     assert (answer.Status, answer.ErrorComment[: len(comment)]) == (status, comment)
     assert len(answer.ErrorComment) <= 64
-    assert list((settings.data_dir / "archive").iterdir()) == []
+    assert list((settings.data_dir / "archive").glob("*")) == []
     assert left_behind(settings) == []
 
 
@@ -311,7 +312,7 @@ def test_success_is_never_said_of_another_instance_than_was_named(tmp_path, sett
         association.release()
 
     assert (answer.Status, answer.ErrorComment) == (0xA900, OTHERWISE)
-    assert list((settings.data_dir / "archive").iterdir()) == []
+    assert list((settings.data_dir / "archive").glob("*")) == []
 
 
 def test_a_disk_that_is_nearly_full_refuses_with_out_of_resources(tmp_path, plain_stores, lidc_0001):
@@ -321,7 +322,7 @@ def test_a_disk_that_is_nearly_full_refuses_with_out_of_resources(tmp_path, plai
 
     assert "OutOfResources" in sent.stdout + sent.stderr
     assert acknowledged(sent.stdout + sent.stderr) == []
-    assert list((settings.data_dir / "archive").iterdir()) == []
+    assert list((settings.data_dir / "archive").glob("*")) == []
     assert left_behind(settings) == []
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from archived import archived
 from buckets import NAME, deny, guarded, put
 from posting import post, slice_files
 from safetensors.torch import save_file
@@ -99,8 +100,8 @@ def series(queue: InThisProcess, export_id: str) -> dict[str, tuple[str, int | N
     return {row.series_uid: (row.state, row.slices, dict(reasons)) for row, reasons in found}
 
 
-def archived(queue: InThisProcess, identity: Identity) -> set[bytes]:
-    return {path.read_bytes() for path in queue.worker.stores.archive.files(identity.series_uid)}
+def received(queue: InThisProcess, identity: Identity) -> set[bytes]:
+    return {path.read_bytes() for path in archived(queue.worker.stores, identity.series_uid)}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ class TestOurOwnServiceAsThePacs:
         assert run(queue, export_id) == ("done", None)
 
         assert series(queue, export_id) == {each.series_uid: ("embedded", SLICES, {}) for each in (ONE, AGAIN, TWO)}
-        assert {each: archived(queue, each) for each in files} == {each: set(found) for each, found in files.items()}
+        assert {each: received(queue, each) for each in files} == {each: set(found) for each, found in files.items()}
         assert [each["line"] for each in queue.worker.stores.exports.get(export_id).options["bad_rows"]] == [3]
 
         again = start(queue, pacs, query=PacsQuery(patient_id="remote*"))
@@ -198,7 +199,7 @@ class TestBuckets:
             (b"2/0", "unreadable_file"),
             (b"notes.txt", "not_dicom"),
         }
-        assert archived(queue, AGAIN) == set(files[AGAIN])
+        assert received(queue, AGAIN) == set(files[AGAIN])
 
     def test_killed_it_goes_on_where_it_was(self, queue, place):
         export_id = start(queue, place)

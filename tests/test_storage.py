@@ -1,5 +1,6 @@
 """Bags, archive and index: what is written, what a reader may see."""
 
+import hashlib
 import os
 import time
 
@@ -81,21 +82,21 @@ def test_a_bag_that_dies_while_it_is_written_is_not_there(tmp_path, bag, monkeyp
 
 
 def test_the_archive_takes_an_instance_once(tmp_path):
-    archive, answers = Archive(tmp_path / "archive"), []
+    archive, answers = Archive(Folder(tmp_path / "archive"), tmp_path), []
     for content in (b"first", b"second"):
         (tmp_path / "staged").write_bytes(content)
-        answers.append(archive.add("1.2.3", "1.2.3.4", tmp_path / "staged"))
+        answers += archive.add("1.2.3", [("1.2.3.4", tmp_path / "staged")])
 
     assert answers == [True, False]
-    assert archive.file("1.2.3", "1.2.3.4").read_bytes() == b"first"
+    assert archive.sha256("1.2.3", "1.2.3.4") == hashlib.sha256(b"first").digest()
     assert not (tmp_path / "staged").exists()
 
 
 def test_the_archives_content_changes_with_its_instances(tmp_path):
-    archive, seen = Archive(tmp_path / "archive"), []
+    archive, seen = Archive(Folder(tmp_path / "archive"), tmp_path), []
     for sop_uid in ("1", "2", "2", "3"):
         (tmp_path / "staged").write_bytes(b"DICM")
-        archive.add("1.2.3", sop_uid, tmp_path / "staged")
+        archive.add("1.2.3", [(sop_uid, tmp_path / "staged")])
         seen.append(archive.content("1.2.3"))
 
     assert [count for _, count in seen] == [1, 2, 2, 3]

@@ -8,7 +8,8 @@ import pytest
 
 from service.disk import Room
 from service.errors import BadUpload, EmptyUpload, UploadTooLarge
-from service.uploads import receive_files, staging
+from service.storage.staging import staging
+from service.uploads import receive_files
 
 TYPE = "multipart/form-data; boundary=edge"
 

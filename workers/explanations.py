@@ -33,7 +33,8 @@ def heat_map(spot: HeatSpot, worker: Resources) -> None:
         ensemble, flat, spot.slice * len(receipt["windows"]) + window, head.labels.index(spot.label)
     )
     place = slices_of(receipt)[spot.slice]
-    hu = read_hu(stores.archive.read_file(spot.series_uid, place["sop_uid"]), place["frame"])
+    with stores.archive.reading(spot.series_uid, [place["sop_uid"]]) as (path,):
+        hu = read_hu(path, place["frame"])
     picture = encoder_input(hu, encoder.spec.windows, encoder.spec.input_size)[window]
     found = look(encoder.spec, encoder.network, picture, gradient)
     stores.heatmaps.put(spot, {**asdict(found), "cells": np.round(found.cells, 9).tolist()})

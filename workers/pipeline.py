@@ -88,8 +88,6 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
 
 def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     stores, started, clock = worker.stores, now(), time.perf_counter()
-    files = stores.archive.read_files(key.series_uid)
-    content = content_of([path.name for path in files])
     series_key = stores.catalog.series(key.series_uid).series_key
 
     def note(done: int, known: int) -> None:
@@ -97,15 +95,17 @@ def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
             raise NotWanted
 
     progress = _throttled(note)
-    embed = _embedded_volume if line.encoder.spec.volume else _embedded_slices
     try:
-        series, embeddings = embed(files, line, progress)
+        with stores.archive.reading(key.series_uid) as files:
+            content, received = content_of([path.stem for path in files]), len(files)
+            embed = _embedded_volume if line.encoder.spec.volume else _embedded_slices
+            series, embeddings = embed(files, line, progress)
     except NoVolume as error:
         stores.catalog.fail(key, "rejected", str(error))
         return False
     verdict = _verdict(series)
     if not series.slices:
-        stores.catalog.fail(key, "rejected", f"none of {len(files)} files is a slice that decodes", verdict)
+        stores.catalog.fail(key, "rejected", f"none of {received} files is a slice that decodes", verdict)
         return False
     with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinity, and is refused
         bag = embeddings.astype(np.float16)  # (slices, windows, dim)

@@ -1,10 +1,9 @@
 """QIDO-RS: studies, series and instances that match, as DICOM JSON (PS3.18 10.6)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from pydicom.datadict import dictionary_VR, tag_for_keyword
@@ -16,6 +15,7 @@ from service.dicomweb.addresses import Addresses
 from service.dicomweb.attributes import INSTANCE, STUDY, Attribute, Level, attribute, searched
 from service.dicomweb.matching import Criterion, criterion
 from service.errors import BadDicomWeb
+from service.storage.archive import Archive
 from service.storage.stores import Stores
 from service.storage.studies import LIKEABLE, FoundSeries, Wanted
 
@@ -139,13 +139,14 @@ def _instances(query: Query, stores: Stores, addresses: Addresses) -> Iterator[p
         for each in study:
             if not _matches(of_series, _known(each, study)):
                 continue
+            sop_uids = stores.archive.sop_uids(each.series_uid)
             if by_uid and by_uid.text != "*":
-                paths = [stores.archive.read_file(each.series_uid, uid) for uid in sorted(set(by_uid.uids()))]
-            else:
-                paths = stores.archive.read_files(each.series_uid)
-            for path in paths:
-                if path.exists() and (not of_instance or _matches(of_instance, _header(path, query))):
-                    yield partial(_instance_item, query, path, each, study, addresses)
+                sop_uids = sorted({*sop_uids} & {*by_uid.uids()})
+            stores.archive.verify(each.series_uid, sop_uids)
+            for sop_uid in sop_uids:
+                header = partial(_header, stores.archive, each.series_uid, sop_uid, query)
+                if not of_instance or _matches(of_instance, header()):
+                    yield partial(_instance_item, query, sop_uid, header, each, study, addresses)
 
 
 def _wanted(criteria: Sequence[Criterion]) -> Wanted:
@@ -182,17 +183,18 @@ def _known(series: FoundSeries, study: Sequence[FoundSeries]) -> Item:
     )
 
 
-def _header(path: Path, query: Query) -> Item:
+def _header(archive: Archive, series_uid: str, sop_uid: str, query: Query) -> Item:
     """What an instance's own file says, of what is answered, asked for and matched."""
     tags: list[str | int] = [*ANSWERED["instance"], *INSTANCE, *(each.tag for each in query.include or ())]
-    try:
-        header = read_elements(path, BULK_BYTES) if query.include is None else read_header(path, also=tags)
-    except NotDicom:
-        return {}
-    syntax = header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
-    return to_json(header, None if query.include is None else tags) | dict(
-        [_element("SOPInstanceUID", path.stem), _element("AvailableTransferSyntaxUID", syntax)]
-    )
+    with archive.local(series_uid, [sop_uid]) as (path,):
+        try:
+            header = read_elements(path, BULK_BYTES) if query.include is None else read_header(path, also=tags)
+        except NotDicom:
+            return {}
+        syntax = header.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
+        return to_json(header, None if query.include is None else tags) | dict(
+            [_element("SOPInstanceUID", sop_uid), _element("AvailableTransferSyntaxUID", syntax)]
+        )
 
 
 def _study_item(query: Query, study: Sequence[FoundSeries], addresses: Addresses) -> Item:
@@ -206,10 +208,15 @@ def _series_item(query: Query, series: FoundSeries, study: Sequence[FoundSeries]
 
 
 def _instance_item(
-    query: Query, path: Path, series: FoundSeries, study: Sequence[FoundSeries], addresses: Addresses
+    query: Query,
+    sop_uid: str,
+    header: Callable[[], Item],
+    series: FoundSeries,
+    study: Sequence[FoundSeries],
+    addresses: Addresses,
 ) -> Item:
-    url = addresses.instance(series.study_uid, series.series_uid, path.stem)
-    return _item(query, _known(series, study) | _header(path, query), url)
+    url = addresses.instance(series.study_uid, series.series_uid, sop_uid)
+    return _item(query, _known(series, study) | header(), url)
 
 
 def _item(query: Query, known: Item, url: str) -> Item:

@@ -105,13 +105,14 @@ def parse_viewport(text: str) -> Viewport:
 
 
 def _hu(kept: Kept, number: int | None) -> Floats:
-    header = read_elements(kept.path, BULK_BYTES)
-    number = number or frame_count(header) // 2 + 1
-    check_frames(header, [number])
-    try:
-        return read_hu(kept.path, number if is_multiframe(header) else None)
-    except UndecodableSlice as error:
-        raise NotAcceptable(f"frame {number} cannot be decoded: {error}") from error
+    with kept.reading() as path:
+        header = read_elements(path, BULK_BYTES)
+        number = number or frame_count(header) // 2 + 1
+        check_frames(header, [number])
+        try:
+            return read_hu(path, number if is_multiframe(header) else None)
+        except UndecodableSlice as error:
+            raise NotAcceptable(f"frame {number} cannot be decoded: {error}") from error
 
 
 def _scaled(picture: Floats, viewport: Viewport | None) -> Floats:
@@ -146,5 +147,6 @@ def _encoded(picture: Floats, kind: str, quality: int) -> bytes:
 
 
 def _height(kept: Kept) -> tuple[float, str]:
-    position = numbers(read_header(kept.path), "ImagePositionPatient", 3)
+    with kept.reading() as path:
+        position = numbers(read_header(path), "ImagePositionPatient", 3)
     return (0.0 if position is None else float(position[2])), kept.sop_uid

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -44,6 +45,7 @@ from service.errors import (
     SeriesNotFound,
     StudyNotFound,
 )
+from service.storage.archive import Archive
 from service.storage.stores import Stores
 
 READ_BYTES = 1 << 20
@@ -66,11 +68,14 @@ class Kept:
 
     study_uid: str
     series_uid: str
-    path: Path
+    sop_uid: str
+    archive: Archive
 
-    @property
-    def sop_uid(self) -> str:
-        return self.path.stem
+    @contextmanager
+    def reading(self) -> Iterator[Path]:
+        """Its file, as long as the block lasts."""
+        with self.archive.local(self.series_uid, [self.sop_uid]) as (path,):
+            yield path
 
     def address(self, addresses: Addresses) -> str:
         return addresses.instance(self.study_uid, self.series_uid, self.sop_uid)
@@ -85,12 +90,12 @@ def instances(stores: Stores, study_uid: str, series_uid: str | None = None, sop
     if series_uid is not None and series_uid not in every:
         raise SeriesNotFound(f"study {study_uid} has no series {series_uid}")
     chosen_series = every if series_uid is None else [series_uid]
-    if sop_uid is None:
-        return [Kept(study_uid, each, path) for each in chosen_series for path in stores.archive.read_files(each)]
-    path = stores.archive.read_file(chosen_series[0], sop_uid)
-    if not path.exists():
+    for each in chosen_series:
+        stores.archive.verify(each, None if sop_uid is None else [sop_uid])
+    here = [(each, uid) for each in chosen_series for uid in stores.archive.sop_uids(each) if sop_uid in (None, uid)]
+    if sop_uid is not None and not here:
         raise InstanceNotFound(f"series {series_uid} has no instance {sop_uid}")
-    return [Kept(study_uid, chosen_series[0], path)]
+    return [Kept(study_uid, each, uid, stores.archive) for each, uid in here]
 
 
 def dicom_files(kept: Sequence[Kept], accept: str, addresses: Addresses) -> Body:
@@ -108,7 +113,8 @@ def metadata(kept: Iterable[Kept], addresses: Addresses) -> Iterator[bytes]:
     separator = b"["
     for each in kept:
         address = f"{each.address(addresses)}/bulkdata/"
-        elements = to_json(read_elements(each.path, BULK_BYTES), address=address.__add__)
+        with each.reading() as path:
+            elements = to_json(read_elements(path, BULK_BYTES), address=address.__add__)
         yield separator + json.dumps(elements, allow_nan=False).encode()
         separator = b","
     yield b"]" if separator == b"," else b"[]"
@@ -116,11 +122,13 @@ def metadata(kept: Iterable[Kept], addresses: Addresses) -> Iterator[bytes]:
 
 def bulk_data(kept: Kept, place: str, accept: str, addresses: Addresses) -> Body:
     """One bulk value, by its place in the metadata: `TAG`, or `TAG/ITEM/TAG` in sequences. Of pixels, all frames."""
-    dataset = read_elements(kept.path, BULK_BYTES)
+    with kept.reading() as path:
+        dataset = read_elements(path, BULK_BYTES)
+        if place != PIXEL_DATA:
+            value = _bulk_value(dataset, place)
     if place == PIXEL_DATA:
-        return _frames(kept, dataset, range(1, frame_count(dataset) + 1), accept, addresses)
+        return _frames(kept, range(1, frame_count(dataset) + 1), accept, addresses)
     choice = chosen(accept, [Media(RELATED, OCTETS), Media(OCTETS)])
-    value = _bulk_value(dataset, place)
     if choice.media.kind == OCTETS:
         return Body(OCTETS, iter([value]))
     return related(OCTETS, [Part(OCTETS, f"{kept.address(addresses)}/bulkdata/{place}", [value])])
@@ -131,7 +139,7 @@ def frames(kept: Kept, numbers: str, accept: str, addresses: Addresses) -> Body:
 
     Raises BadDicomWeb, FrameNotFound or NotAcceptable.
     """
-    return _frames(kept, read_elements(kept.path, BULK_BYTES), frame_numbers(numbers), accept, addresses)
+    return _frames(kept, frame_numbers(numbers), accept, addresses)
 
 
 def frame_numbers(numbers: str) -> list[int]:
@@ -159,9 +167,14 @@ def _check_syntaxes(kept: Sequence[Kept], choice: Choice) -> None:
     if AS_STORED in choice.syntaxes:
         return
     for each in kept:
-        syntax = syntax_of(read_header(each.path))
+        syntax = _syntax(each)
         if syntax not in choice.syntaxes and not (_explicit(choice) and syntax in DECODERS):
             raise NotAcceptable(f"instance {each.sop_uid} is stored as {syntax}, which is neither accepted nor decoded")
+
+
+def _syntax(kept: Kept) -> UID:
+    with kept.reading() as path:
+        return syntax_of(read_header(path))
 
 
 def _explicit(choice: Choice) -> bool:
@@ -171,11 +184,11 @@ def _explicit(choice: Choice) -> bool:
 
 def _file(kept: Kept, choice: Choice) -> Iterator[bytes]:
     if AS_STORED not in choice.syntaxes:
-        syntax = syntax_of(read_header(kept.path))
+        syntax = _syntax(kept)
         if syntax not in choice.syntaxes and syntax != ExplicitVRLittleEndian:
             yield _explicit_bytes(kept)
             return
-    with kept.path.open("rb") as file:
+    with kept.reading() as path, path.open("rb") as file:
         while chunk := file.read(READ_BYTES):
             yield chunk
 
@@ -183,7 +196,9 @@ def _file(kept: Kept, choice: Choice) -> Iterator[bytes]:
 def _explicit_bytes(kept: Kept) -> bytes:
     content = BytesIO()
     try:
-        dcmwrite(content, decompressed(read_whole(kept.path)), enforce_file_format=True)
+        with kept.reading() as path:
+            whole = read_whole(path)
+        dcmwrite(content, decompressed(whole), enforce_file_format=True)
     except UndecodableSlice as error:
         raise NotAcceptable(f"instance {kept.sop_uid} cannot be decoded: {error}") from error
     except Exception as error:  # pydicom writes no element that breaks its VR's rules, and would quote it
@@ -192,7 +207,21 @@ def _explicit_bytes(kept: Kept) -> bytes:
     return content.getvalue()
 
 
-def _frames(kept: Kept, dataset: FileDataset, wanted: Sequence[int], accept: str, addresses: Addresses) -> Body:
+def _frames(kept: Kept, wanted: Sequence[int], accept: str, addresses: Addresses) -> Body:
+    """Frames are read from the file while they are sent, so it stays until the last has been."""
+    with ExitStack() as stack:
+        dataset = read_elements(stack.enter_context(kept.reading()), BULK_BYTES)
+        body = _body_of_frames(kept, dataset, wanted, accept, addresses)
+        open_still = stack.pop_all()
+    return Body(body.content_type, _closing(open_still, body.chunks))
+
+
+def _closing(stack: ExitStack, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    with stack:
+        yield from chunks
+
+
+def _body_of_frames(kept: Kept, dataset: FileDataset, wanted: Sequence[int], accept: str, addresses: Addresses) -> Body:
     check_frames(dataset, wanted)
     syntax = syntax_of(dataset)
     compressed = [Media(RELATED, kind) for kind, syntaxes in FRAMES.items() if syntax in syntaxes]

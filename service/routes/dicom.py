@@ -14,7 +14,7 @@ from service.dicom_out.peers import BadPeer, CStore, Peer, parse_peer, parse_pee
 from service.dicom_out.report import report
 from service.dicom_out.sending import PeerAway, send
 from service.dicom_out.source import SOURCE_ELEMENTS
-from service.errors import PeerFailed, PeerNotAllowed, SliceNotFound
+from service.errors import PeerFailed, PeerNotAllowed, SliceNotFound, StorageUnreachable
 from service.explanations import explain_patient, explain_series
 from service.schemas.base import Text
 from service.schemas.dicom import DicomKind, DicomOut, DicomOutDone, DicomPeer, DicomSent
@@ -104,7 +104,10 @@ def _document(kind: DicomKind, outcome: Outcome, stores: Stores) -> Dataset:
 
 def _header(stores: Stores, series_uid: str, sop_uid: str) -> Dataset:
     try:
-        return read_header(stores.archive.read_file(series_uid, sop_uid), also=SOURCE_ELEMENTS)
+        with stores.archive.reading(series_uid, [sop_uid]) as (path,):
+            return read_header(path, also=SOURCE_ELEMENTS)
+    except StorageUnreachable:
+        raise
     except (OSError, NotDicom) as error:
         raise SliceNotFound(f"instance {sop_uid} of series {series_uid} can no longer be read") from error
 

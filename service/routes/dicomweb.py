@@ -18,8 +18,8 @@ from service.dicomweb.store import receive_instances, store, store_response
 from service.disk import Room
 from service.schemas.dicomweb import FOUND, OF_SERIES, OF_STUDY, STORE_BODY, STORED, Uid, search_parameters
 from service.settings import Settings
+from service.storage.staging import staging
 from service.storage.stores import Stores
-from service.uploads import staging
 
 router = APIRouter(prefix=PREFIX, tags=["DICOMweb"])
 

@@ -128,7 +128,8 @@ def _heat_map(found: Explained, spot: HeatSpot, made: dict[str, Any]) -> HeatMap
 
 def _picture(answer: HeatMap, window: Window, full: float | None, stores: Stores) -> bytes:
     try:
-        hu = read_hu(stores.archive.read_file(answer.series_uid, answer.sop_uid), answer.frame)
+        with stores.archive.reading(answer.series_uid, [answer.sop_uid]) as (path,):
+            hu = read_hu(path, answer.frame)
     except UndecodableSlice as error:
         raise SliceNotFound(f"slice {answer.slice} can no longer be read: {error}") from error
     picture = io.BytesIO()

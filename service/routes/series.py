@@ -21,8 +21,9 @@ from service.schemas.cohorts import SeriesQuery
 from service.schemas.series import FileSetAside, Series, SeriesPage, SeriesReceived, UploadReceived
 from service.storage.bags import slices_of
 from service.storage.keys import EmbeddingKey
+from service.storage.staging import staging
 from service.storage.stores import Stores
-from service.uploads import FIELD, receive_files, staging
+from service.uploads import FIELD, receive_files
 
 router = APIRouter(prefix="/v1/series", tags=["series"])
 
@@ -142,7 +143,8 @@ def get_image(
         raise SliceNotFound(f"no slice {slice_number}, expected 0 to {len(slices) - 1}")
     asked = slices[slice_number]
     try:
-        hu = read_hu(stores.archive.read_file(series_uid, asked["sop_uid"]), asked["frame"])
+        with stores.archive.reading(series_uid, [asked["sop_uid"]]) as (path,):
+            hu = read_hu(path, asked["frame"])
     except UndecodableSlice as error:
         raise SliceNotFound(f"slice {slice_number} can no longer be read: {error}") from error
     picture = io.BytesIO()

@@ -1,106 +1,106 @@
-"""The DICOM files as received: `<root>/<SeriesInstanceUID>/<SOPInstanceUID>.dcm`."""
+"""The DICOM files as received: `<SeriesInstanceUID>/<SOPInstanceUID>.dcm`, in a directory or a bucket."""
 
 import hashlib
-import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from models.durable import fsync_path, remove_tree
 from service.errors import Damaged
-from service.storage.folder import Folder
+from service.storage.objects import Objects
 
 # Of a series' instances, or all of them: SHA-256 by SOPInstanceUID, as far as it is known.
 Sums = Callable[[str, Sequence[str] | None], Mapping[str, bytes]]
 
+SUFFIX = ".dcm"
 SHOWN = 20  # damaged files named in the error
 
 
 class Archive:
     """Names come from UIDs that screening has checked; nothing else becomes a path."""
 
-    def __init__(self, root: Path, verify_by: Sums | None = None) -> None:
-        """With `verify_by` every file is compared with its checksum whenever it is to be read."""
-        self._root = root
+    def __init__(self, place: Objects, staging_dir: Path, verify_by: Sums | None = None) -> None:
+        """With `verify_by` files are compared with their checksums whenever they are to be read."""
+        self._place = place
+        self._staging_dir = staging_dir
         self._verify_by = verify_by
-        root.mkdir(parents=True, exist_ok=True)
 
-    def add(self, series_uid: str, sop_uid: str, staged: Path) -> bool:
-        """Move a file in; False where this instance is already here.
+    def add(self, series_uid: str, staged: Sequence[tuple[str, Path]]) -> list[bool]:
+        """Move files in, by their SOPInstanceUIDs, on disk when this answers; False where an instance is here already.
 
-        Two uploads of one instance may race: the link is made by one of them only, and the bytes are
-        on disk before it. The caller flushes the folder when all of a series' files are in.
+        Two uploads of one instance may race: one of them is first.
         """
-        folder = self._root / series_uid
-        if not folder.is_dir():
-            folder.mkdir(exist_ok=True)
-            fsync_path(self._root)
-        fsync_path(staged)
-        try:
-            os.link(staged, folder / f"{sop_uid}.dcm")
-        except FileExistsError:
-            return False
-        finally:
-            staged.unlink()
-        return True
+        return self._place.add_files(series_uid, [(f"{sop_uid}{SUFFIX}", path) for sop_uid, path in staged])
 
     def mend(self, series_uid: str, sop_uid: str, staged: Path, sha256: bytes) -> None:
         """Where the file of this instance no longer has the checksum that the staged one has, the staged one is put in
         its place."""
-        path = self.file(series_uid, sop_uid)
-        if not path.exists() or sha256_of(path) == sha256:
-            return
-        fsync_path(staged)
-        temporary = path.with_name(f".{uuid.uuid4().hex}")
-        os.link(staged, temporary)
-        temporary.replace(path)
-
-    def flush(self, series_uid: str) -> None:
-        fsync_path(self._root / series_uid)
+        try:
+            if self.sha256(series_uid, sop_uid) != sha256:
+                self._place.replace_file(_name(series_uid, sop_uid), staged)
+        except FileNotFoundError:
+            pass
 
     def series(self) -> list[str]:
         """Of which there is a folder."""
-        return sorted(path.name for path in self._root.iterdir() if path.is_dir())
+        return self._place.names()
 
     def changed_at(self, series_uid: str) -> float | None:
         """When a file came or went last, in seconds of time.time(); None where nothing of the series is here."""
-        return Folder(self._root).changed_at(series_uid)
+        return self._place.changed_at(series_uid)
 
-    def files(self, series_uid: str) -> list[Path]:
-        return sorted((self._root / series_uid).glob("*.dcm"))
+    def sop_uids(self, series_uid: str) -> list[str]:
+        names = self._place.names(series_uid)
+        return [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
 
-    def file(self, series_uid: str, sop_uid: str) -> Path:
-        return self._root / series_uid / f"{sop_uid}.dcm"
+    def sha256(self, series_uid: str, sop_uid: str) -> bytes:
+        """Raises FileNotFoundError."""
+        with self.local(series_uid, [sop_uid]) as (path,):
+            return sha256_of(path)
 
-    def read_file(self, series_uid: str, sop_uid: str) -> Path:
-        """The file, to be read. Raises Damaged where reads are verified and it is not what arrived."""
-        path = self.file(series_uid, sop_uid)
-        if self._verify_by and path.exists():
-            self._verify(series_uid, [path], self._verify_by(series_uid, [sop_uid]))
-        return path
+    @contextmanager
+    def reading(self, series_uid: str, sop_uids: Sequence[str] | None = None) -> Iterator[list[Path]]:
+        """Files, or all of the series, to be read as long as the block lasts. Raises Damaged where reads are verified
+        and one is not what arrived."""
+        with self.local(series_uid, sop_uids) as paths:
+            self._verify(series_uid, paths, sop_uids)
+            yield paths
 
-    def read_files(self, series_uid: str) -> list[Path]:
-        """As files(), to be read. Raises Damaged as read_file() does."""
-        paths = self.files(series_uid)
+    @contextmanager
+    def local(self, series_uid: str, sop_uids: Sequence[str] | None = None) -> Iterator[list[Path]]:
+        """As reading(), verified or not. An instance that is not here has a path without a file."""
+        asked = self.sop_uids(series_uid) if sop_uids is None else sop_uids
+        with self._place.local([_name(series_uid, each) for each in asked], self._staging_dir) as paths:
+            yield paths
+
+    def verify(self, series_uid: str, sop_uids: Sequence[str] | None = None) -> None:
+        """Raises Damaged as reading() does, and where it does."""
         if self._verify_by:
-            self._verify(series_uid, paths, self._verify_by(series_uid, None))
-        return paths
+            with self.reading(series_uid, sop_uids):
+                pass
 
-    def _verify(self, series_uid: str, paths: Sequence[Path], sums: Mapping[str, bytes]) -> None:
-        known = [path for path in paths if path.stem in sums]
+    def _verify(self, series_uid: str, paths: Sequence[Path], sop_uids: Sequence[str] | None) -> None:
+        sums = self._verify_by(series_uid, sop_uids) if self._verify_by else {}
+        known = [path for path in paths if path.stem in sums and path.exists()]
         damaged = [path.stem for path in known if sha256_of(path) != sums[path.stem]]
         if damaged:
             found = f"{len(damaged)} of {len(paths)} files are not what arrived (SHA-256)"
             raise Damaged(f"{found}; send the series again", series_uid=series_uid, sop_uids=damaged[:SHOWN])
 
+    def discard(self, series_uid: str, sop_uid: str) -> None:
+        self._place.remove(_name(series_uid, sop_uid))
+
     def remove(self, series_uid: str) -> None:
         """All of the series, for good."""
-        remove_tree(self._root / series_uid)
+        self._place.remove(series_uid)
 
     def content(self, series_uid: str) -> tuple[str, int]:
         """Digest over which instances are here, which changes when slices come later, and their number."""
-        names = [path.name for path in self.files(series_uid)]
-        return content_of(names), len(names)
+        sop_uids = self.sop_uids(series_uid)
+        return content_of(sop_uids), len(sop_uids)
+
+
+def _name(series_uid: str, sop_uid: str) -> str:
+    return f"{series_uid}/{sop_uid}{SUFFIX}"
 
 
 def sha256_of(path: Path) -> bytes:
@@ -108,5 +108,5 @@ def sha256_of(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def content_of(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+def content_of(sop_uids: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(f"{each}{SUFFIX}" for each in sop_uids).encode()).hexdigest()[:16]

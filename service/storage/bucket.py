@@ -1,8 +1,10 @@
 """A prefix of an S3 bucket as the place of a store's bytes."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import boto3
 import tenacity
@@ -19,8 +21,10 @@ from botocore.exceptions import (
 
 from service.errors import StorageUnreachable
 from service.remotes import S3Prefix
+from service.storage.staging import staging
 
 PAGE = 1000  # objects, the most that S3 lists, or deletes, at once
+AT_ONCE = 8  # files of a series that are sent, or fetched
 CONNECTIONS = 64  # of one process: as many as its threads read at once
 CONNECT_SECONDS = 5.0  # a server that is away is told soon; boto3 tries again by its own settings
 
@@ -30,6 +34,8 @@ GONE = {"404", "NoSuchKey"}
 TAKEN = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 NO_CONDITIONS = {"501", "NotImplemented"}
 BEYOND = {"416", "InvalidRange"}
+
+Answer = TypeVar("Answer")
 
 # boto3 tries a request again, but not a body that breaks off.
 again = tenacity.retry(
@@ -96,6 +102,36 @@ class Bucket:
                 return False
         return all(self._holds(f"{folder}/{name}", content) for name, content in files.items())
 
+    def add_files(self, folder: str, files: Sequence[tuple[str, Path]]) -> list[bool]:
+        there = set(self.names(folder))  # where a server heeds no condition
+
+        def moved(name: str, staged: Path) -> bool:
+            with staged.open("rb") as content:
+                added = name not in there and self._put_new(f"{folder}/{name}", content)
+            staged.unlink()
+            return added
+
+        return _at_once(moved, files)
+
+    def replace_file(self, name: str, staged: Path) -> None:
+        with _named_errors(), staged.open("rb") as content:
+            self._client.put_object(Bucket=self._place.bucket, Key=self._key(name), Body=content)
+
+    @contextmanager
+    def local(self, names: Sequence[str], staging_dir: Path) -> Iterator[list[Path]]:
+        """Copies, which go at the block's end, or with what killed processes have left."""
+        with staging(staging_dir) as folder:
+            paths = [folder / str(number) / Path(name).name for number, name in enumerate(names)]
+
+            def fetch(name: str, path: Path) -> None:
+                with suppress(FileNotFoundError):
+                    content = self.read(name)
+                    path.parent.mkdir()
+                    path.write_bytes(content)
+
+            _at_once(fetch, list(zip(names, paths, strict=True)))
+            yield paths
+
     def remove(self, name: str) -> None:
         key = self._key(name)
         below = [each["Key"] for page in self._pages(f"{key}/") for each in page.get("Contents", ())]
@@ -151,7 +187,7 @@ class Bucket:
                     return b""
                 raise
 
-    def _put_new(self, name: str, content: bytes) -> bool:
+    def _put_new(self, name: str, content: bytes | BinaryIO) -> bool:
         """False where there is an object of this name already."""
         put = {"Bucket": self._place.bucket, "Key": self._key(name), "Body": content}
         with _named_errors():
@@ -164,6 +200,8 @@ class Bucket:
                     raise
                 if self.exists(name):
                     return False
+                if not isinstance(content, bytes):
+                    content.seek(0)
                 self._client.put_object(**put)
         return True
 
@@ -182,6 +220,11 @@ class Bucket:
                 )
             if refused := answer.get("Errors"):
                 raise StorageUnreachable(f"the object store deletes nothing: {refused[0].get('Code')}")
+
+
+def _at_once(do: Callable[[str, Path], Answer], files: Sequence[tuple[str, Path]]) -> list[Answer]:
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        return list(threads.map(lambda file: do(*file), files))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from service.errors import (
     SeriesNotFound,
     StudyNotFound,
 )
-from service.storage.archive import Archive
+from service.storage.archive import Archive, content_of
 from service.storage.checksums import note as note_sums
 from service.storage.database import Database, alone
 from service.storage.exports import cancel
@@ -360,8 +360,9 @@ def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive,
     alone(session, arrival.series_uid)
     series = session.get(SeriesRow, arrival.series_uid, with_for_update={"of": SeriesRow})
     # Listed inside the transaction: of two uploads of one series at once, the later sees both's files.
-    content, received = archive.content(arrival.series_uid)
-    _refuse_erased(session, arrival, archive)
+    sop_uids = archive.sop_uids(arrival.series_uid)
+    content, received = content_of(sop_uids), len(sop_uids)
+    _refuse_erased(session, arrival, sop_uids)
     changed = series is None or series.content != content
     if series is None:
         patient_key = _patient_key(session, arrival.patient_id)
@@ -386,9 +387,9 @@ def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive,
     session.flush()
 
 
-def _refuse_erased(session: Session, arrival: Arrival, archive: Archive) -> None:
+def _refuse_erased(session: Session, arrival: Arrival, sop_uids: Sequence[str]) -> None:
     """Raises BeingErased where an erasure is at work on the series, or took files of this arrival with it."""
-    taken = any(not archive.file(arrival.series_uid, sop_uid).exists() for sop_uid in arrival.sop_uids)
+    taken = not set(arrival.sop_uids) <= set(sop_uids)
     if taken or session.get(ErasingSeriesRow, arrival.series_uid) is not None:
         raise BeingErased(f"series {arrival.series_uid} is being erased; send it again later")
 

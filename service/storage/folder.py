@@ -1,8 +1,10 @@
 """A local directory as the place of a store's bytes."""
 
+import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from models.durable import fsync_path, fsync_tree, remove_tree
@@ -62,10 +64,28 @@ class Folder:
             shutil.rmtree(temporary)
             if not path.exists():
                 raise
-        while path != self.root:
-            path = path.parent
-            fsync_path(path)
+        self._flush(path.parent)
         return True
+
+    def add_files(self, folder: str, files: Sequence[tuple[str, Path]]) -> list[bool]:
+        """The link is made by one writer only, and the bytes are on disk before it."""
+        path = self.root / folder
+        path.mkdir(parents=True, exist_ok=True)
+        added = [_moved(staged, path / name) for name, staged in files]
+        self._flush(path)
+        return added
+
+    def replace_file(self, name: str, staged: Path) -> None:
+        path = self.root / name
+        fsync_path(staged)
+        temporary = path.with_name(f".{uuid.uuid4().hex}")
+        os.link(staged, temporary)
+        temporary.replace(path)
+        fsync_path(path.parent)
+
+    @contextmanager
+    def local(self, names: Sequence[str], staging_dir: Path) -> Iterator[list[Path]]:
+        yield [self.root / name for name in names]
 
     def keeps_versions(self) -> bool:
         return False
@@ -76,3 +96,21 @@ class Folder:
             path.unlink(missing_ok=True)
         elif path.parent.is_dir():
             remove_tree(path)
+
+    def _flush(self, path: Path) -> None:
+        """A folder, and all above it up to the root."""
+        fsync_path(path)
+        while path != self.root:
+            path = path.parent
+            fsync_path(path)
+
+
+def _moved(staged: Path, path: Path) -> bool:
+    fsync_path(staged)
+    try:
+        os.link(staged, path)
+    except FileExistsError:
+        return False
+    finally:
+        staged.unlink()
+    return True

@@ -1,6 +1,8 @@
 """Bytes under names: what a local directory and a prefix of an S3 bucket both do for the stores."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 
@@ -39,6 +41,19 @@ class Objects(Protocol):
 
         A folder that is there stays. False where files of another writer, alive or dead, are in the place of ours.
         """
+        ...
+
+    def add_files(self, folder: str, files: Sequence[tuple[str, Path]]) -> list[bool]:
+        """Move files into a folder under their names, durable when this answers. False where there is one of the name
+        already, which stays: of two writers at once one is first."""
+        ...
+
+    def replace_file(self, name: str, staged: Path) -> None:
+        """The object is as the staged file is, at one moment; the file stays."""
+        ...
+
+    def local(self, names: Sequence[str], staging_dir: Path) -> AbstractContextManager[list[Path]]:
+        """The objects as files, as long as the block lasts; what is not there has a path without a file."""
         ...
 
     def keeps_versions(self) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from service.settings import Settings
 from service.storage.api_keys import ApiKeys
-from service.storage.archive import Archive
+from service.storage.archive import Archive, Sums
 from service.storage.audit import Audit
 from service.storage.bags import Bags
 from service.storage.canaries import Canaries
@@ -75,7 +75,7 @@ def open_stores(settings: Settings) -> Stores:
     upgrade(settings.catalog_url, lock_dir=root)
     database = Database(settings.catalog_url)
     checksums = Checksums(database)
-    archive = Archive(root / "archive", checksums.of if settings.verify_reads else None)
+    archive = archive_of(settings, checksums.of if settings.verify_reads else None)
     chain = Chain(settings.audit_secret)
     return Stores(
         archive=archive,
@@ -114,6 +114,10 @@ def objects_of(settings: Settings, store: str) -> Objects:
     from service.storage.bucket import Bucket  # boto3 takes long to import
 
     return Bucket(settings.bucket).below(store)
+
+
+def archive_of(settings: Settings, verify_by: Sums | None = None) -> Archive:
+    return Archive(objects_of(settings, "archive"), settings.staging_dir, verify_by)
 
 
 def tables_of(settings: Settings, folder: str = "index") -> TableFiles:
