@@ -1,6 +1,8 @@
 """The `keyslice` command: parse, one call, print."""
 
 import logging
+import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -22,12 +24,18 @@ from service.commands.keys import keys
 from service.commands.predict import predict
 from service.commands.receive import receive
 from service.settings import Settings
-from service.terminal import Service, asked, console, fail, read_settings
+from service.terminal import AsJson, Service, asked, console, fail, read_settings, say_json
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=True, help="An embedding feature store for CT. Research use only."
-)
+HELP = """An embedding feature store for CT. Research use only.
+
+Every command that answers takes --json: one JSON document on standard output. Progress and errors go to standard error.
+
+Exit status 0: done; 1: the service or a store refused; 2: the command was wrong; 3: partly done, or a difference found.
+"""
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, help=HELP)
 _HEAD = HeadOptions()
+NO_HEAD_OPTIONS = ("labels", "service", "output", "as_json")  # of `keyslice train`
 encoders = typer.Typer(help="List encoders, measure how to run them, verify them.")
 app.add_typer(encoders, name="encoders")
 heads = typer.Typer(help="List the running service's heads, promote a version.")
@@ -96,15 +104,20 @@ def demo(
 def fetch(
     encoder: Annotated[str, typer.Argument(help="an encoder whose weights come from a hub")],
     revision: Annotated[str, typer.Option(help="the full commit of the hub repository; branches move")],
+    as_json: AsJson = False,
 ) -> None:
     """Download an encoder's weights into the weights directory, by pinned revision."""
     from models.fetch import CannotFetch, fetch_weights
 
     settings, spec = _encoder(encoder)
     try:
-        typer.echo(fetch_weights(spec, revision, settings.weights_path))
+        path = fetch_weights(spec, revision, settings.weights_path)
     except CannotFetch as error:
         fail(str(error))
+    if as_json:
+        say_json({"encoder": spec.name, "revision": revision, "path": path})
+    else:
+        typer.echo(path)
 
 
 @app.command(epilog="Example: keyslice pretrain --config run.toml --max-minutes 30")
@@ -116,6 +129,7 @@ def pretrain(
     ] = False,
     max_minutes: Annotated[float | None, typer.Option(min=0, help="end after so long, with a checkpoint")] = None,
     export: Annotated[str | None, typer.Option(help="export under this name, however far the run came")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Pretrain an encoder, in as many pieces as it takes; at the end the service knows it.
 
@@ -136,7 +150,7 @@ def pretrain(
     from models.lecl.train import pretrain as run
 
     try:
-        run(
+        result = run(
             wanted.writing_to(output) if output else wanted,
             settings.weights_path,
             fresh=fresh,
@@ -146,6 +160,8 @@ def pretrain(
         )
     except ERRORS as error:
         fail(str(error))
+    if as_json and os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first
+        say_json(result)
 
 
 @app.command(epilog="Example: keyslice train labels.csv --protocol nested --baseline mean --output head.json")
@@ -179,35 +195,43 @@ def train(
     seed: Annotated[int, typer.Option()] = _HEAD.seed,
     service: Service = None,
     output: Annotated[Path | None, typer.Option(help="write the head with its report as JSON")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a head on a labels table, by the running service; show its figures."""
-    options = {name: value for name, value in locals().items() if name not in ("labels", "service", "output")}
-    _train(labels, options, service, output)
+    options = {name: value for name, value in locals().items() if name not in NO_HEAD_OPTIONS}
+    _train(labels, options, service, output, as_json)
 
 
 @heads.callback(invoke_without_command=True, epilog="Example: keyslice heads --service http://127.0.0.1:9000")
-def list_heads(context: typer.Context, service: Service = None) -> None:
+def list_heads(context: typer.Context, service: Service = None, as_json: AsJson = False) -> None:
     """List every head: name and version, whether it is promoted, state, labels, AUROC."""
-    if not context.invoked_subcommand:
-        from service.training import heads_table
+    if context.invoked_subcommand:
+        return
+    from service.training import heads_table
 
-        console().print(heads_table(asked(service, lambda client: list(client.heads()))))
+    found = asked(service, lambda client: list(client.heads()))
+    if as_json:
+        say_json(found)
+    else:
+        console().print(heads_table(found))
 
 
 @heads.command(epilog="Example: keyslice heads promote nodules@2")
 def promote(
     head: Annotated[str, typer.Argument(help="name@version, or an id")],
     service: Service = None,
+    as_json: AsJson = False,
 ) -> None:
     """From now on the head's name alone means this version."""
     found = asked(service, lambda client: client.promote(head))
-    typer.echo(f"{found.name} is version {found.version}, head {found.head_id}")
+    if as_json:
+        say_json(found)
+    else:
+        typer.echo(f"{found.name} is version {found.version}, head {found.head_id}")
 
 
 @encoders.callback(invoke_without_command=True, epilog="Example: keyslice encoders --json")
-def list_encoders(
-    context: typer.Context, as_json: Annotated[bool, typer.Option("--json", help="as GET /v1/encoders answers")] = False
-) -> None:
+def list_encoders(context: typer.Context, as_json: AsJson = False) -> None:
     """List every encoder: id, licence, whether its weights are here and how to get them."""
     if context.invoked_subcommand:
         return
@@ -217,7 +241,7 @@ def list_encoders(
     settings = read_settings()
     found = described(EncoderNames(settings), settings)
     if as_json:
-        typer.echo(found.model_dump_json(indent=1))
+        say_json(found)
         return
     table = Table("encoder", "dim", "input", "licence", "weights", box=None)
     for each in found.encoders:
@@ -240,6 +264,7 @@ def calibrate(
     name: Annotated[str | None, typer.Argument(help="an encoder; the service's own if none")] = None,
     mode: Annotated[Mode | None, typer.Option(help="exact, fast or bulk; KEYSLICE_MODE's if none")] = None,
     again: Annotated[bool, typer.Option("--again", help="measure even what was measured before")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure which way of running an encoder is fastest on this machine, and use it from now on."""
     from models.calibrate import calibrate as measure
@@ -247,15 +272,22 @@ def calibrate(
 
     settings, spec = _permitted(name)
     logs.set_up(settings)
-    note = logging.getLogger("models.calibrate").info if settings.log_format == "json" else typer.echo
+    logged = settings.log_format == "json"
+    note = logging.getLogger("models.calibrate").info if logged else partial(typer.echo, err=as_json)
+    mode = mode or settings.mode
     try:
-        measure(spec, mode or settings.mode, settings.weights_path, note, again)
+        found = measure(spec, mode, settings.weights_path, note, again)
     except (MissingWeights, WrongWeights) as error:
         fail(str(error))
+    if as_json:
+        say_json({"encoder": spec.name, "mode": mode, **found})
 
 
 @encoders.command(epilog="Example: keyslice encoders verify mambaout_tiny")
-def verify(name: Annotated[str | None, typer.Argument(help="an encoder; the service's own if none")] = None) -> None:
+def verify(
+    name: Annotated[str | None, typer.Argument(help="an encoder; the service's own if none")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Embed the canary slice again and compare it with the stored embedding; exit status 1 where they differ."""
     import numpy as np
 
@@ -271,23 +303,29 @@ def verify(name: Annotated[str | None, typer.Argument(help="an encoder; the serv
         fail(str(error))
     reference, embedding = stores.canaries.reference(encoder.id), encoder.encode(canary(encoder.spec))
     cosine = stores.canaries.record(encoder.id, embedding)
-    if reference is None:
+    difference = None if reference is None else float(np.abs(embedding.reshape(-1) - reference).max())
+    if as_json:
+        stored = {"cosine": None if reference is None else cosine, "largest_difference": difference}
+        say_json({"encoder_id": encoder.id, **stored, "expected_cosine": COSINE[settings.mode]})
+    elif reference is None:
         typer.echo(f"{encoder.id}: no canary was stored; this one is from now on")
-        return
-    difference = np.abs(embedding.reshape(-1) - reference).max()
-    typer.echo(f"{encoder.id}: cosine {cosine:.7f} to the stored canary, largest difference {difference:.1e}")
+    else:
+        typer.echo(f"{encoder.id}: cosine {cosine:.7f} to the stored canary, largest difference {difference:.1e}")
     if cosine < COSINE[settings.mode]:
         fail(f"expected a cosine of {COSINE[settings.mode]} or more", status=1)
 
 
-def _train(labels: Path, options: dict[str, Any], service: str | None, output: Path | None) -> None:
+def _train(labels: Path, options: dict[str, Any], service: str | None, output: Path | None, as_json: bool) -> None:
     from service.training import show, write
     from service.training import train as run
 
-    head = asked(service, lambda client: run(client, labels, options, console()))
-    show(head, console())
+    head = asked(service, lambda client: run(client, labels, options, console(to_stderr=True)))
     if output:
         write(head, output)
+    if as_json:
+        say_json(head)
+    else:
+        show(head, console())
 
 
 def _encoder(name: str | None) -> tuple[Settings, EncoderSpec]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, NoReturn
 
 import httpx
 from filelock import FileLock, Timeout
@@ -145,7 +145,7 @@ class Running:
 
 @contextmanager
 def in_background(data_dir: Path, host: str = "127.0.0.1", port: int = 0, **environment: str) -> Iterator[Running]:
-    """`keyslice up` as a process of its own, ready; stopped at the end. Raises CannotStart.
+    """`keyslice up` as a process of its own, ready; stopped at the end, by SIGTERM too. Raises CannotStart.
 
     Takes a free port where the one given is taken. Its log is keyslice.log in the data directory.
     """
@@ -155,6 +155,7 @@ def in_background(data_dir: Path, host: str = "127.0.0.1", port: int = 0, **envi
     with (data_dir / "keyslice.log").open("ab") as output:
         command = [sys.executable, "-P", "-m", "service.cli", "up"]
         variables = os.environ | ours | environment
+        before = signal.signal(signal.SIGTERM, _exit)
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=output, start_new_session=True)
     try:
         running = Running(f"http://{host}:{port}", process)
@@ -163,6 +164,12 @@ def in_background(data_dir: Path, host: str = "127.0.0.1", port: int = 0, **envi
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, _frame: FrameType | None) -> NoReturn:
+    """Through every `finally`; the status is that of shells."""
+    raise SystemExit(128 + number)
 
 
 def _wait_until_ready(running: Running) -> None:

@@ -5,10 +5,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from pydantic import ValidationError
+from pydantic_core import to_json
 from rich.console import Console
 
 from service.errors import KeysliceError, StorageUnreachable, Unauthenticated
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Service = Annotated[str | None, typer.Option(help="the service's address; that of the settings if none")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the answer as JSON")]
 
 
 def read_settings() -> Settings:
@@ -43,6 +45,11 @@ def console(*, to_stderr: bool = False) -> Console:
     """As wide as the terminal; in a pipe, wide enough for any table. Progress beside a file or JSON goes to stderr."""
     stream = sys.stderr if to_stderr else sys.stdout
     return Console(width=None if stream.isatty() else 200, stderr=to_stderr)
+
+
+def say_json(value: Any) -> None:
+    """The one JSON document of a command's answer: of plain values, schemas and dataclasses; NaN is null."""
+    typer.echo(to_json(value, indent=1, inf_nan_mode="null").decode())
 
 
 def client_of(settings: Settings, address: str | None) -> "Keyslice":

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from service.client import Keyslice
@@ -90,10 +89,10 @@ def write(head: Head, path: Path) -> None:
 
 
 def _watch(client: Keyslice, training: HeadAccepted, console: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("epochs", total=None)
-        client.wait(training, progress=lambda job: progress.update(task, completed=job.done, total=job.known or None))
+    from service.watched import watched  # starts services; workers import this file too
+
+    with watched(console) as show:
+        client.wait(training, progress=show)
 
 
 def _named(head: Head) -> str:

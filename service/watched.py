@@ -26,6 +26,7 @@ from service.schemas.jobs import Job
 from service.settings import Settings
 from service.terminal import client_of
 
+DOING = {"files": "scan", "epochs": "train"}  # by a job's unit; anything else is embedded
 LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -107,4 +108,4 @@ def _line(job: Job, done: int, seconds: float) -> str:
 
 
 def _doing(unit: str) -> str:
-    return "scan" if unit == "files" else "embed"
+    return DOING.get(unit, "embed")

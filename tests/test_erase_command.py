@@ -21,7 +21,7 @@ def test_the_receipt_is_printed_and_a_second_time_finds_nothing(service, http, a
     embed(http, slice_files(IDENTITY, count=1))
 
     refused = erase(service, *arguments, input="n\n")
-    erased = erase(service, *arguments, "--yes")
+    erased = erase(service, *arguments, "--yes", "--json")
     again = erase(service, *arguments, "--yes")
 
     assert refused.exit_code == 1

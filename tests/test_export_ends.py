@@ -245,6 +245,22 @@ def test_ctrl_c_stops_a_service_of_the_command_s_own_and_the_same_command_goes_o
     assert all(float(table[each.series_uid]["seconds"]) == series[each.series_uid]["seconds"] for each in many)
 
 
+def test_a_command_that_is_terminated_leaves_no_process_behind(tmp_path):
+    for number in range(12):
+        put(tmp_path / "in", Identity(f"TERMINATED-{number:02d}"), count=2)
+    own = {"KEYSLICE_DATA_DIR": str(tmp_path / "data"), "KEYSLICE_PORT": "0", "KEYSLICE_EXPORT_SERIES_AHEAD": "1"}
+    command = Command(tmp_path / "in", **own)
+    command.until("embed: ")
+    family = psutil.Process(command.process.pid).children(recursive=True)
+
+    command.process.terminate()
+    _, left = psutil.wait_procs(family, timeout=20)
+
+    assert len(family) >= 4  # up, broker, worker, API
+    assert left == []
+    assert command.end()[:2] == (143, "")
+
+
 def test_ctrl_c_leaves_a_running_service_at_work_and_a_job_counts_what_was_rejected(http, service, export_root):
     many = [Identity(f"LEFT-{number:02d}") for number in range(12)]
     for identity in many:

@@ -13,7 +13,7 @@ from service.storage.audit import Audit
 from service.storage.chain import Chain
 from service.storage.database import Database, upgrade
 from service.storage.tables import now
-from service.terminal import console, fail, read_settings
+from service.terminal import AsJson, console, fail, read_settings, say_json
 
 audit = typer.Typer(no_args_is_help=True, help="The audit, in the catalog of the settings: verify and list it.")
 
@@ -26,7 +26,7 @@ def verify(
     head: Annotated[
         str | None, typer.Option(help="SEQ:DIGEST that an earlier run printed: the chain must still hold it")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Walk the whole chain. Exit status 3 names the first entry that does not fit.
 
@@ -36,7 +36,7 @@ def verify(
         fail("--head is not SEQ:DIGEST, expected what `keyslice audit verify` printed")
     found = _store(read_settings()).verify(head)
     if as_json:
-        typer.echo(json.dumps(vars(found)))
+        say_json(found)
     else:
         trimmed = f", {found.trimmed} before them were trimmed" if found.trimmed else ""
         typer.echo(f"{found.entries} entries fit{trimmed}; {found.signed} are signed by KEYSLICE_AUDIT_KEY")

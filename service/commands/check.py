@@ -1,13 +1,11 @@
 """`keyslice check`: whether archive, bags, index and catalog say the same, and mending what can be mended."""
 
-import json
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from service.terminal import console, reaching_storage, read_settings
+from service.terminal import AsJson, console, reaching_storage, read_settings, say_json
 
 DIFFERENT = 3  # exit status
 SHOWN = 10  # differences of a kind that are listed
@@ -16,7 +14,7 @@ SHOWN = 10  # differences of a kind that are listed
 def check(
     repair: Annotated[bool, typer.Option("--repair", help="mend what can be mended")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="look for files and bags, and do not read them")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs: every difference")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare archive, bags, index and catalog; exit status 3 where a difference is left.
 
@@ -39,7 +37,7 @@ def check(
         report = run(stores, settings, repair=repair, checksums=not quick, seen=seen)
     stores.close()
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=1))
+        say_json(report)
     else:
         typer.echo(
             f"{report.series} series of {report.files} files, {report.bags} bags, {report.rows} rows of the index"

@@ -1,17 +1,13 @@
 """`keyslice doctor`: whether this machine has what the service needs."""
 
-import json
-from dataclasses import asdict
-from typing import Annotated
-
 import typer
 
-from service.terminal import console, read_settings
+from service.terminal import AsJson, console, read_settings, say_json
 
 AILING = 3  # exit status
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Try versions, decoders, device, disk, each store, database, broker and encoder; exit status 3 where one fails."""
     from service.doctor import examine
 
@@ -23,6 +19,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="for programs")]
             console().print(f"{mark}  {finding.name:10}", end="")
             console().print(finding.found, markup=False, highlight=False, soft_wrap=True)
     if as_json:
-        typer.echo(json.dumps([asdict(each) for each in findings], indent=1))
+        say_json(findings)
     if not all(each.well for each in findings):
         raise typer.Exit(AILING)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from service.errors import KeysliceError
-from service.terminal import Service, console, fail, read_settings, told
+from service.terminal import AsJson, Service, console, fail, read_settings, say_json, told
 
 SOME_FAILED = 3  # exit status
 INTERRUPTED = 130  # as shells have it for SIGINT
@@ -22,7 +22,7 @@ def embed(
     ] = None,
     queries: Annotated[Path | None, typer.Option(help="several of them: a CSV with the fields as its header")] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="write the table of series there")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the export with all its series as JSON")] = False,
+    as_json: AsJson = False,
     service: Service = None,
 ) -> None:
     """Embed an export of a PACS, by the running service or by one of its own.
@@ -54,7 +54,7 @@ def embed(
         ended = "Interrupted: the export has stopped" if own else "Interrupted: the service goes on with the export"
         fail(f"{ended}; the same command goes on where it is.", status=INTERRUPTED)
     if as_json:
-        typer.echo(export.model_dump_json(indent=1))
+        say_json(export)
     else:
         console().print(table(export))
         typer.echo("\n".join(summary(export)))

@@ -1,6 +1,5 @@
 """`keyslice features`: a cohort's features as a file, and as a map."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 
 from service.features.names import SUFFIXES, FormatName, format_of
 from service.schemas.features import DRAWN, MOST_DRAWN
-from service.terminal import Service, asked, console, fail
+from service.terminal import AsJson, Service, asked, console, fail, say_json
 
 features = typer.Typer(no_args_is_help=True, help="Take a cohort's features away.")
 INCOMPLETE = 3  # exit status
@@ -23,7 +22,6 @@ DateTo = Annotated[str | None, typer.Option(help="of the study, that day include
 Condition = Annotated[str | None, typer.Option()]
 Verdict = Annotated[str | None, typer.Option(help="accepted, accepted_with_warnings or rejected")]
 EncoderName = Annotated[str | None, typer.Option("--encoder", help="name or id; the service's own if none")]
-AsJson = Annotated[bool, typer.Option("--json", help="say what was written as JSON")]
 
 
 @features.callback()
@@ -61,7 +59,7 @@ def get(
     query = _query(locals()) | {"format": form, "window": window or []}
     said = asked(service, lambda client: download(client, query, path, console(to_stderr=True)))
     if as_json:
-        typer.echo(json.dumps(said))
+        say_json(said)
     else:
         typer.echo(f"{path}: {said['slices']} slices of {said['series']} series, {said['bytes'] / 1e6:.1f} MB")
 
@@ -86,7 +84,7 @@ def draw_map(
     kernel: Condition = None,
     verdict: Verdict = None,
     patient_ids: Annotated[bool, typer.Option("--patient-ids", help="patients' ids instead of opaque keys")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the coordinates too")] = False,
+    as_json: AsJson = False,
     service: Service = None,
 ) -> None:
     """Write one page that shows a cohort's embeddings in two dimensions, with pictures; works without a network.
@@ -100,7 +98,7 @@ def draw_map(
     told = asked(service, lambda client: make_map(client, query, out, console(to_stderr=True)))
     points = told["points"]
     if as_json:
-        typer.echo(json.dumps(without_pictures(told)))
+        say_json(without_pictures(told))
     else:
         typer.echo(f"{out}: {len(points)} of {told['instances']} instances, {told['series']} series")
     if missing := sum(point["picture"] is None for point in points):

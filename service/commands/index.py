@@ -1,18 +1,16 @@
 """`keyslice index`: how the similarity index is, whether it is what the bags say, and making it anew."""
 
-import json
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from service.terminal import console, fail, reaching_storage, read_settings
+from service.terminal import AsJson, console, fail, reaching_storage, read_settings, say_json
 
 index = typer.Typer(no_args_is_help=True, help="The similarity index: figures, a check against the bags, a rebuild.")
 
 DIFFERENT = 3  # exit status
 GROUPS = 40  # of months and scanners that the table shows
-AsJson = Annotated[bool, typer.Option("--json", help="for programs")]
 Encoder = Annotated[str | None, typer.Option(help="id, as `keyslice index stats` lists it; every one if none")]
 
 
@@ -24,7 +22,7 @@ def stats(as_json: AsJson = False) -> None:
 
     found = index_stats(open_stores(read_settings()))
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        say_json(found)
         return
     table = Table("encoder", "series", "rows", "waiting", "MB", "ANN index of", "recall at 10", "effort", box=None)
     for each in found:
@@ -45,7 +43,7 @@ def check(encoder: Encoder = None, as_json: AsJson = False) -> None:
         found = {each: check_index(each, stores) for each in _encoders(encoder, stores)}
     if as_json:
         told = {name: {"rows": one.rows, "waiting": one.waiting, **one.differences} for name, one in found.items()}
-        typer.echo(json.dumps(told, indent=1))
+        say_json(told)
     for name, one in {} if as_json else found.items():
         typer.echo(f"{name}: {one.rows} rows, {one.waiting} bags waiting")
         for kind, rows in one.differences.items():
@@ -58,7 +56,7 @@ def check(encoder: Encoder = None, as_json: AsJson = False) -> None:
 
 
 @index.command(epilog="Example: keyslice index rebuild --encoder efficientnet_lite0@0123456789ab")
-def rebuild(encoder: Encoder = None) -> None:
+def rebuild(encoder: Encoder = None, as_json: AsJson = False) -> None:
     """Make the index anew from the bags; searches go on with the old one until the new one is whole."""
     import os
     import socket
@@ -68,13 +66,18 @@ def rebuild(encoder: Encoder = None) -> None:
 
     settings = read_settings()
     stores = open_stores(settings)
+    made = {}
     for each in _encoders(encoder, stores):
         with reaching_storage():
             written = rebuild_index(each, stores, settings, f"{socket.gethostname()}:{os.getpid()}")
         if not written:
             fail("another writer is at work on the index; try again later", status=1)
         row = stores.indexes.get(each)
-        typer.echo(f"{each}: {stores.indexes.rows(each)} rows in {row.table_name if row else 'no table'}")
+        made[each] = {"rows": stores.indexes.rows(each), "table": row and row.table_name}
+        if not as_json:
+            typer.echo(f"{each}: {made[each]['rows']} rows in {made[each]['table'] or 'no table'}")
+    if as_json:
+        say_json(made)
 
 
 def _encoders(encoder: str | None, stores: Any) -> list[str]:

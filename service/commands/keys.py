@@ -1,6 +1,5 @@
 """`keyslice keys`: who may call the service, and what for."""
 
-import json
 import re
 from datetime import datetime, timedelta
 from typing import Annotated, get_args
@@ -14,7 +13,7 @@ from service.storage.api_keys import ApiKeys, Scope
 from service.storage.chain import Chain
 from service.storage.database import Database, upgrade
 from service.storage.tables import ApiKeyRow, now
-from service.terminal import console, fail, read_settings, this_user
+from service.terminal import AsJson, console, fail, read_settings, say_json, this_user
 
 keys = typer.Typer(no_args_is_help=True, help="API keys, in the catalog of the settings: make, list and revoke them.")
 
@@ -33,6 +32,7 @@ def create(
         list[str] | None, typer.Option(help="sees only series with this tag, or another one named; all if none")
     ] = None,
     expires: Annotated[str | None, typer.Option(help="after so long: 90d, 12h or 30m; never if none")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make a key and print it, alone on standard output. It is not shown again.
 
@@ -45,15 +45,18 @@ def create(
     ends = f"until {row.expires_at:{SHOWN}} UTC" if row.expires_at else "until it is revoked"
     seen = f"series tagged {' or '.join(row.tags)}" if row.tags else "every series"
     typer.echo(f"key {row.key_id}, {', '.join(row.scopes)}, {seen}, {ends}; it is shown only now:", err=True)
-    typer.echo(key)
+    if as_json:
+        say_json({**_described(row), "key": key})
+    else:
+        typer.echo(key)
 
 
 @keys.command(name="list", epilog="Example: keyslice keys list --json")
-def list_keys(as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+def list_keys(as_json: AsJson = False) -> None:
     """List every key ever made: name, scopes, state, when it was last used, to about an hour."""
     rows = _store(read_settings()).list()
     if as_json:
-        typer.echo(json.dumps([_described(row) for row in rows], indent=1))
+        say_json([_described(row) for row in rows])
         return
     table = Table("key", "name", "scopes", "series", "state", "made", "expires", "last used", box=None)
     for row in rows:
@@ -65,13 +68,18 @@ def list_keys(as_json: Annotated[bool, typer.Option("--json", help="for programs
 
 
 @keys.command(epilog="Example: keyslice keys revoke 3f9a0c1d2e4b")
-def revoke(key_id: Annotated[str, typer.Argument(help="the id, as `keyslice keys list` has it")]) -> None:
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="the id, as `keyslice keys list` has it")], as_json: AsJson = False
+) -> None:
     """End a key for good, within a second. Where it was the last one, nobody is served until there is another."""
     try:
         row = _store(read_settings()).revoke(key_id, this_user())
     except KeyNotFound as error:
         fail(str(error))
-    typer.echo(f"key {row.key_id} ({row.name}) is revoked")
+    if as_json:
+        say_json(_described(row))
+    else:
+        typer.echo(f"key {row.key_id} ({row.name}) is revoked")
 
 
 def _store(settings: Settings) -> ApiKeys:

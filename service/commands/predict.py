@@ -1,6 +1,5 @@
 """`keyslice predict`: from DICOM to a head's predictions, with or without a service running."""
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.errors import KeysliceError
-from service.terminal import Service, console, fail, read_settings, told
+from service.terminal import AsJson, Service, console, fail, read_settings, say_json, told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +22,7 @@ USABLE = ("embedded", "indexed")
 def predict(
     series: Annotated[Path, typer.Argument(help="directory, zip or tar of DICOM, of one patient or several")],
     head: Annotated[str, typer.Option(help="name, name@version or id; `keyslice heads` lists them")],
-    as_json: Annotated[bool, typer.Option("--json", help="a list of what the service answers")] = False,
+    as_json: AsJson = False,
     service: Service = None,
 ) -> None:
     """Predict for each patient of some DICOM, by the running service or by one of its own.
@@ -48,7 +47,7 @@ def predict(
     except CannotStart as error:
         fail(str(error), status=1)
     if as_json:
-        typer.echo(json.dumps([each.model_dump(mode="json") for each in found], indent=1))
+        say_json(found)
     else:
         typer.echo("\n\n".join(map(str, found)))
     if left_out:
