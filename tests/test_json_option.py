@@ -76,6 +76,7 @@ CASES = {
     "keys create": Case("--name made --scope read", lambda told: told["scopes"]),
     "keys list": Case("", lambda told: [each["key_id"] for each in told]),
     "keys revoke": Case("{key_turn}", lambda told: [f"({told['name']}) is {told['state']}"]),
+    "pseudonym": Case("MRN-1 MRN-2", lambda told: [each["pseudonym"] for each in told]),
     "audit verify": Case("", lambda told: [f"{told['entries']} entries fit", told["head"]]),
     "audit list": Case("", lambda told: [each["who"] for each in told]),
 }
@@ -141,7 +142,9 @@ def test_every_command_that_answers_takes_it():
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_one_document_with_the_facts_of_the_plain_answer(named, caplog, name):
+def test_it_is_one_document_with_the_facts_of_the_plain_answer(named, caplog, monkeypatch, name):
+    if name == "pseudonym":
+        monkeypatch.setenv("KEYSLICE_PSEUDONYM_KEY", "k" * 32)
     caplog.set_level("INFO", "keyslice.pretrain")
     case = CASES[name]
 

@@ -170,7 +170,12 @@ class _Run:
         unrecorded = partial(contents.unrecorded, self._export_id)
         for files in scan(self._source, self._settings.scan_processes, unrecorded):
             self._check()
-            contents.record(self._export_id, self._holder, files)
+            contents.record(self._export_id, self._holder, [self._called_here(file) for file in files])
+
+    def _called_here(self, file: ExportFile) -> ExportFile:
+        """Its series under the name that it has once it is here."""
+        pseudonyms = self._stores.pseudonyms
+        return file._replace(series_uid=pseudonyms.uid(file.series_uid)) if pseudonyms and file.series_uid else file
 
     def _embed(self) -> None:
         contents = self._stores.contents

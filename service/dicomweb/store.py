@@ -14,6 +14,7 @@ from service.dicomweb.media import DICOM, RELATED
 from service.disk import Room
 from service.errors import BadDicomWeb, BadUpload, BeingErased, UnsupportedMedia, UploadTooLarge
 from service.intake import collect
+from service.pseudonyms import Pseudonyms
 from service.settings import Settings
 from service.storage.stores import Stores
 from service.uploads import StagedFile, receive_parts
@@ -63,6 +64,7 @@ class Instance:
     sop_uid: str
     series_uid: str
     study_uid: str
+    stored_as: tuple[str, str, str] = ("", "", "")  # study, series and instance here
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def store(
     What the outcome calls stored is on disk and in the catalog, new or not. On a full disk some may be in the archive
     when OSError comes; sent again, they count as stored.
     """
-    instances = [_instance(file) for file in files]
+    instances = [_instance(file, stores.pseudonyms) for file in files]
     failures: dict[str, Failure] = {}
     for each in instances:
         if study_uid is not None and each.study_uid and each.study_uid != study_uid:
@@ -130,7 +132,7 @@ def store_response(outcome: Outcome, addresses: Addresses) -> dict[str, Any]:
     failed = [(each, failure) for each, failure in outcome.instances if failure and each.sop_uid]
     others = [failure for each, failure in outcome.instances if failure and not each.sop_uid]
     answer: dict[str, Any] = {}
-    if len(studies := {each.study_uid for each in stored}) == 1:
+    if len(studies := {each.stored_as[0] for each in stored}) == 1:
         answer["00081190"] = {"vr": "UR", "Value": [addresses.study(studies.pop())]}
     if failed:
         items = [_reference(each) | _why(failure) for each, failure in failed]
@@ -149,7 +151,7 @@ def _checked_part(headers: Mapping[bytes, bytes]) -> str:
     return ""
 
 
-def _instance(file: StagedFile) -> Instance:
+def _instance(file: StagedFile, pseudonyms: Pseudonyms | None) -> Instance:
     try:
         header = read_header(file.path)
         found = [
@@ -159,7 +161,10 @@ def _instance(file: StagedFile) -> Instance:
     except Exception:  # no DICOM, or a broken value, which raises anything when it is read; screening names it
         found = []
     names = [each if UID.fullmatch(each) else "" for each in found] or [""] * 4
-    return Instance(file, *names)
+    sop_class, sop_uid, series_uid, study_uid = names
+    called = pseudonyms.uid if pseudonyms else str
+    stored_as = called(study_uid), called(series_uid), called(sop_uid)
+    return Instance(file, sop_class, sop_uid, series_uid, study_uid, stored_as)
 
 
 def _collected(files: Sequence[StagedFile], encoder_id: str, stores: Stores, settings: Settings) -> dict[str, Failure]:
@@ -183,7 +188,7 @@ def _reference(instance: Instance) -> dict[str, Any]:
 
 
 def _where(instance: Instance, addresses: Addresses) -> dict[str, Any]:
-    url = addresses.instance(instance.study_uid, instance.series_uid, instance.sop_uid)
+    url = addresses.instance(*instance.stored_as)
     return {"00081190": {"vr": "UR", "Value": [url]}}
 
 

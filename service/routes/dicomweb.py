@@ -230,5 +230,5 @@ async def _stored(
             max_files=settings.max_upload_files,
         )
         outcome = await run_in_threadpool(store, files, study, encoder_id, stores, settings)
-    shown.series(instance.series_uid for instance, failure in outcome.instances if failure is None)
+    shown.series(instance.stored_as[1] for instance, failure in outcome.instances if failure is None)
     return Response(json.dumps(store_response(outcome, addresses)), outcome.status, media_type=media)

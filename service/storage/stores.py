@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from service.pseudonyms import Pseudonyms
 from service.settings import Settings
 from service.storage.api_keys import ApiKeys
 from service.storage.archive import Archive, Sums
@@ -29,6 +30,7 @@ from service.storage.lance_files import BucketTables, LocalTables, TableFiles
 from service.storage.leases import Leases
 from service.storage.objects import Objects
 from service.storage.predictions import Predictions
+from service.storage.pseudonym_key import require_same_key
 from service.storage.queries import Queries
 from service.storage.selection import Selection
 from service.storage.studies import Studies
@@ -63,17 +65,22 @@ class Stores:
     contents: ExportContents
     api_keys: ApiKeys
     audit: Audit
+    pseudonyms: Pseudonyms | None
 
     def close(self) -> None:
         self.database.engine.dispose()
 
 
 def open_stores(settings: Settings) -> Stores:
-    """Open every store below the data directory, and bring the catalog's schema up to date."""
+    """Open every store below the data directory, and bring the catalog's schema up to date.
+
+    Raises SchemaIsNewer or OtherPseudonymKey."""
     root = settings.data_dir
     root.mkdir(parents=True, exist_ok=True)
     upgrade(settings.catalog_url, lock_dir=root)
     database = Database(settings.catalog_url)
+    pseudonyms = Pseudonyms.of(settings)
+    require_same_key(database, pseudonyms)
     checksums = Checksums(database)
     archive = archive_of(settings, checksums.of if settings.verify_reads else None)
     chain = Chain(settings.audit_secret)
@@ -104,6 +111,7 @@ def open_stores(settings: Settings) -> Stores:
         contents=ExportContents(database),
         api_keys=ApiKeys(database, chain),
         audit=Audit(database, chain),
+        pseudonyms=pseudonyms,
     )
 
 

@@ -408,6 +408,15 @@ class ApiKeyRow(Row):
         return "expired" if self.expires_at and self.expires_at <= now() else "active"
 
 
+class PseudonymKeyRow(Row):
+    """The key that identifiers are hashed by, as its fingerprint; one row at most."""
+
+    __tablename__ = "pseudonym_key"
+
+    only: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    fingerprint: Mapped[str]
+
+
 class AuditRow(Row):
     """Who read or wrote whose data: a link of the chain that service/storage/chain.py describes."""
 
