@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
-from service import errors, logs
+from service import errors, logs, traces
 from service.audited import Audited
 from service.auth import Access, Authenticated, require_key
 from service.deps import EncoderNames, cached_heads
@@ -52,6 +52,7 @@ from service.schemas.base import Problem
 from service.settings import Settings
 from service.storage.stores import open_stores
 from service.timely import Timely
+from service.traces import Traced
 
 # The only table from errors to statuses; the most derived class that is listed decides.
 STATUSES: dict[type[errors.KeysliceError], int] = {
@@ -132,10 +133,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("keyslice"),
         lifespan=lifespan,
         redirect_slashes=False,
-        telemetry={
-            "tracing": False,
-            "logs": False,
-        },  # OpenTelemetry's have paths, which name patients
+        telemetry={"tracing": False, "logs": False},  # they have paths, which name patients; see service/traces.py
         responses={
             "4XX": {"description": "What was found and what was expected", "content": {PROBLEM: PROBLEM_CONTENT}}
         },
@@ -168,6 +166,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Authenticated, refuse=_on_error)
     app.add_middleware(Timed, registry=registry)
     app.add_middleware(Logged)
+    if traces.set_up("api"):
+        app.add_middleware(Traced)
     if origins := [each.strip() for each in settings.cors_origins.split(",") if each.strip()]:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(errors.KeysliceError, _on_error)

@@ -9,13 +9,14 @@ import logging
 
 from celery.signals import worker_init, worker_shutdown
 
-from service import logs
+from service import logs, traces
 from service.queue import celery_app
 from service.settings import Settings
 
 settings = Settings()
 app = celery_app(settings)
 logs.follow_tasks(settings)
+traces.set_up("worker")
 app.conf.imports = ("workers.tasks",)
 app.conf.worker_pool = "threads"
 app.conf.worker_concurrency = settings.series_at_once
