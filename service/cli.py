@@ -24,6 +24,8 @@ from service.commands.keys import keys
 from service.commands.predict import predict
 from service.commands.pseudonym import pseudonym
 from service.commands.receive import receive
+from service.commands.search import search
+from service.commands.serve import serve, work
 from service.settings import Settings
 from service.terminal import AsJson, Service, asked, console, fail, read_settings, say_json
 
@@ -63,7 +65,16 @@ def up() -> None:
         fail(str(error))
 
 
+app.command(epilog="Example: KEYSLICE_PORT=9000 keyslice serve")(serve)
+
+
+app.command(epilog="Example: KEYSLICE_BROKER_URL=redis://broker.example:6379/0 keyslice work")(work)
+
+
 app.command(epilog="Example: keyslice receive --aet KEYSLICE --port 11112")(receive)
+
+
+app.command(epilog="Example: keyslice search 1.2.840.113619.2.55.3.604 42 --window lung --exclude patient")(search)
 
 
 app.command(epilog="Example: keyslice check --repair")(check)

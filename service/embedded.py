@@ -37,6 +37,9 @@ HEALTHY_SECONDS = 10.0  # a child that lived this long starts again at once; one
 LONGEST_WAIT_SECONDS = 15.0
 READY_SECONDS = 180.0
 KEEP_ALIVE_SECONDS = 75  # longer than proxies and clients keep a connection, or they ask on one just closed
+PYTHON = [sys.executable, "-P", "-m"]  # -P: a `models` folder of the caller's is not ours
+WORKER = [*PYTHON, "celery", "--quiet", "-A", "workers.app", "worker", "--loglevel", "info"]
+WORKER += ["--without-gossip", "--without-mingle", "--without-heartbeat"]
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 log = logging.getLogger(__name__)
@@ -196,6 +199,13 @@ def free_port(host: str, wanted: int) -> int:
     raise CannotStart(f"no free port on {host}")
 
 
+def api_command(settings: Settings) -> list[str]:
+    """Without an access log: its paths would carry patient ids."""
+    api = ["uvicorn", "--factory", "service.app:create_app", "--host", settings.host, "--port", str(settings.port)]
+    quiet = ["--no-access-log", "--log-level", "warning", "--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)]
+    return [*PYTHON, *api, *quiet]
+
+
 def parts(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:
     """The service's processes in the order of their start; they stop in the other order."""
     environment = os.environ | {
@@ -210,16 +220,10 @@ def parts(settings: Settings, data_dir: Path, run_dir: Path) -> list[Child]:
         socket_path = run_dir / "valkey.sock"
         environment["KEYSLICE_BROKER_URL"] = f"redis+socket://{socket_path}"
         children.append(Child("broker", _valkey(data_dir / "broker", socket_path), environment))
-    python = [sys.executable, "-P", "-m"]  # -P: a `models` folder of the caller's is not ours
-    worker = ["celery", "--quiet", "-A", "workers.app", "worker", "--loglevel", "info"]
-    quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]
-    api = ["uvicorn", "--factory", "service.app:create_app", "--host", settings.host, "--port", str(settings.port)]
-    # No access log: its paths would carry patient ids.
-    api += ["--no-access-log", "--log-level", "warning", "--timeout-keep-alive", str(KEEP_ALIVE_SECONDS)]
-    children.append(Child("worker", python + worker + quiet, environment))
-    children.append(Child("api", python + api, environment))
+    children.append(Child("worker", WORKER, environment))
+    children.append(Child("api", api_command(settings), environment))
     if settings.receive_port:
-        children.append(Child("receiver", [*python, "workers.receiver"], environment))
+        children.append(Child("receiver", [*PYTHON, "workers.receiver"], environment))
     return children
 
 

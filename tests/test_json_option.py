@@ -25,6 +25,8 @@ from service.client import Keyslice
 from service.settings import Settings
 
 EXCEPTED = {
+    "serve": "serves until it is stopped",
+    "work": "serves until it is stopped",
     "up": "serves until it is stopped",
     "receive": "serves until it is stopped",
     "demo": "shows people around, and serves on",
@@ -46,6 +48,10 @@ CASES = {
     "check": Case("", lambda told: [f"{told['series']} series of {told['files']} files, {told['bags']} bags"]),
     "doctor": Case("", lambda told: [each["name"] for each in told]),
     "erase": Case("--patient json-erased-{turn} --yes {service}", lambda told: [f"{told['series']} series"]),
+    "search": Case(
+        f"{COHORT[0].series_uid} 1 -k 3 {{service}}",
+        lambda told: [word for hit in told["hits"] for word in (hit["series_uid"], f"{hit['score']:.4f}")],
+    ),
     "embed": Case("{exports} {service}", lambda told: [each["series_uid"] for each in told["series"]]),
     "predict": Case("{new} --head json {service}", lambda told: [each["patient_id"] for each in told]),
     "fetch": Case("mambaout_tiny --revision " + "0" * 40, lambda told: [told["path"]]),
