@@ -86,6 +86,42 @@ def cut_off(page: Page) -> list[str]:
         .map((each) => `${each.tagName} ${each.id}: ${each.scrollWidth} px, room for ${each.clientWidth}`)""")
 
 
+def too_pale(page: Page) -> list[str]:
+    """Texts of less contrast to what is behind them than WCAG 2.2 asks for (1.4.3): 4.5, or 3 where they are large.
+    Text of disabled controls and over pictures does not count."""
+    return page.evaluate("""() => {
+        const rgba = (text) => {
+            const found = text.match(/[\\d.]+/g).map(Number);
+            return [...found.slice(0, 3), found[3] ?? 1];
+        };
+        const over = (top, under) => [0, 1, 2].map((k) => top[k] * top[3] + under[k] * (1 - top[3])).concat(1);
+        const behind = (each) => {
+            const layers = [];
+            for (let node = each; node; node = node.parentElement)
+                layers.push(rgba(getComputedStyle(node).backgroundColor));
+            const page = rgba(getComputedStyle(document.body).backgroundColor);
+            return layers.reverse().reduce((under, top) => over(top, under), page);
+        };
+        const luminance = (colour) => colour.slice(0, 3).map((value) => value / 255)
+            .map((value) => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+            .reduce((sum, value, k) => sum + value * [0.2126, 0.7152, 0.0722][k], 0);
+        const said = (each) => [...each.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+        const counts = (each) => each.checkVisibility() && !each.disabled && !each.closest("#frame, .unseen");
+        return [...document.body.querySelectorAll("*")]
+            .filter((each) => said(each) && counts(each))
+            .map((each) => {
+                const style = getComputedStyle(each), ground = behind(each);
+                const colour = over(rgba(each instanceof SVGElement ? style.fill : style.color), ground);
+                const [light, dark] = [luminance(colour), luminance(ground)].sort((a, b) => b - a);
+                const size = parseFloat(style.fontSize);
+                const large = size >= 24 || (size >= 18.66 && style.fontWeight >= 700);
+                return [(light + 0.05) / (dark + 0.05), large ? 3 : 4.5, each.textContent.trim().slice(0, 40)];
+            })
+            .filter(([ratio, wanted]) => ratio < wanted)
+            .map(([ratio, wanted, text]) => `${text}: ${ratio.toFixed(2)}, expected ${wanted}`);
+    }""")
+
+
 def test_from_an_upload_to_a_similar_slice_by_mouse(page, series):
     name = "PAGE-UPLOADED"
     archive = tarred(slice_files(Identity(name), count=6, size=64, seed=703))
@@ -180,15 +216,15 @@ def test_a_name_is_text_and_never_markup(page, series):
 
 @pytest.mark.parametrize("width", [1280, 1010, 800, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_cut_off(browser, service, series, width, scheme):
+def test_nothing_is_cut_off_or_pale(browser, service, series, width, scheme):
     with opened(browser, service.address, viewport={"width": width, "height": 1000}, color_scheme=scheme) as page:
         expect(page.locator("#rows tr").first).to_be_visible()
-        assert cut_off(page) == []
+        assert (cut_off(page), too_pale(page)) == ([], [])
         look(page, f"list-{scheme}-{width}")
 
         open_series(page, series[0], slice=2)
         expect(page.locator("#hits button").first).to_be_visible()
-        assert cut_off(page) == []
+        assert (cut_off(page), too_pale(page)) == ([], [])
         look(page, f"{scheme}-{width}")
 
 
