@@ -18,7 +18,7 @@ setup: .venv/installed
 	touch $@
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -3,11 +3,14 @@
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
+import redis
 import sqlalchemy
 from buckets import NAME, bucket_below
 
@@ -21,6 +24,7 @@ from service.storage.stores import Stores, open_stores, tables_of
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 POSTGRES_URL = os.environ.get("KEYSLICE_TEST_POSTGRES_URL", "postgresql+psycopg://postgres@127.0.0.1:5432/test")
+REDIS_URL = os.environ.get("KEYSLICE_TEST_REDIS_URL", "redis://127.0.0.1:6379/15")
 
 
 def missing(what: str) -> None:
@@ -56,21 +60,27 @@ def lidc_0001(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
     return sorted(folder.rglob("*.dcm"))
 
 
-@pytest.fixture
-def postgres_url() -> Iterator[str]:
-    """An empty PostgreSQL schema of the test's own."""
+@contextmanager
+def empty_schema() -> Iterator[str]:
+    """The URL of a PostgreSQL schema that nobody else has, dropped at the end."""
     engine = sqlalchemy.create_engine(POSTGRES_URL, isolation_level="AUTOCOMMIT")
     try:
         connection = engine.connect()
     except sqlalchemy.exc.OperationalError:
         missing("no PostgreSQL at KEYSLICE_TEST_POSTGRES_URL")
-    schema = f"keyslice_{os.getpid()}"
+    schema = f"keyslice_{uuid4().hex[:12]}"
     with connection:
-        connection.exec_driver_sql(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
         connection.exec_driver_sql(f"CREATE SCHEMA {schema}")
         yield f"{POSTGRES_URL}?options=-csearch_path%3D{schema}"
         connection.exec_driver_sql(f"DROP SCHEMA {schema} CASCADE")
     engine.dispose()
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """An empty PostgreSQL schema of the test's own."""
+    with empty_schema() as url:
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -100,6 +110,25 @@ def service(tmp_path_factory: pytest.TempPathFactory, export_root: Path) -> Iter
 def http(service: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=service.address, timeout=120) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def on_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The same on PostgreSQL and Redis, as a hospital runs it: a catalog and a broker that others look after."""
+    broker = redis.Redis.from_url(REDIS_URL)
+    try:
+        others = broker.dbsize()
+    except redis.ConnectionError:
+        missing("no Redis at KEYSLICE_TEST_REDIS_URL")
+    if others:
+        missing("the database of KEYSLICE_TEST_REDIS_URL is not empty")
+    servers = {"KEYSLICE_BROKER_URL": REDIS_URL, "KEYSLICE_SWEEP_SECONDS": "1"}
+    folder = tmp_path_factory.mktemp("on_servers")
+    with empty_schema() as url, in_background(folder, KEYSLICE_DATABASE_URL=url, **servers) as running:
+        yield running
+        assert broker.dbsize() and not (folder / "catalog.db").exists() and not (folder / "broker").exists()
+    broker.flushdb()
+    broker.close()
 
 
 @pytest.fixture(scope="session")

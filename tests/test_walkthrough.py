@@ -1,8 +1,12 @@
-"""One real series over HTTP, through a real broker and worker: POST, embedding, head, prediction, search."""
+"""One real series over HTTP, through a real broker and worker: POST, embedding, head, prediction, search.
+
+On the stores that come with the service, and on PostgreSQL and Redis.
+"""
 
 import io
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -20,6 +24,12 @@ from models.load import load_encoder
 from models.zoo import ENCODERS
 
 SPEC = ENCODERS["efficientnet_lite0"]
+
+
+@pytest.fixture(scope="module", params=["service", "on_servers"])
+def http(request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=request.getfixturevalue(request.param).address, timeout=120) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
