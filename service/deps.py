@@ -25,6 +25,7 @@ from service.errors import (
     ScopeMissing,
     WeightsNotHere,
 )
+from service.intake import require_turn
 from service.queue import Queue
 from service.recorder import Recorder
 from service.settings import Settings
@@ -111,6 +112,7 @@ def settings(request: Request) -> Settings:
     return found
 
 
+StoresDep = Annotated[Stores, Depends(stores)]
 SettingsDep = Annotated[Settings, Depends(settings)]
 
 
@@ -141,6 +143,13 @@ def room(request: Request, settings: SettingsDep) -> Room:
     return found
 
 
+def sender(request: Request, stores: StoresDep, settings: SettingsDep) -> str:
+    """Whose a body is. Raises QueueFull where they have sent as many series as may wait."""
+    name: str = request.state.caller.name
+    require_turn(name, stores, settings)
+    return name
+
+
 async def shown(request: Request) -> Shown:
     found: Shown = request.state.shown
     return found
@@ -156,11 +165,11 @@ async def caller(request: Request) -> Caller:
     return found
 
 
-StoresDep = Annotated[Stores, Depends(stores)]
 QueueDep = Annotated[Queue, Depends(queue)]
 EncodersDep = Annotated[EncoderNames, Depends(encoders)]
 HeadsDep = Annotated[Callable[[str], HeadRunner], Depends(heads)]
 RoomDep = Annotated[Room, Depends(room)]
+SenderDep = Annotated[str, Depends(sender)]
 MetricsDep = Annotated[CollectorRegistry, Depends(metrics)]
 ShownDep = Annotated[Shown, Depends(shown)]
 RecorderDep = Annotated[Recorder, Depends(recorder)]

@@ -21,7 +21,8 @@ KeysliceError
 │   ├── BeingErased
 │   ├── Damaged
 │   └── WeightsNotHere
-├── Unauthenticated, ScopeMissing, BeyondKey, TooManyRequests
+├── Unauthenticated, ScopeMissing, BeyondKey
+├── TooManyRequests         QueueFull
 ├── LicenceNotAccepted
 ├── PathNotAllowed
 ├── PeerNotAllowed, PeerFailed
@@ -227,6 +228,10 @@ class BeyondKey(KeysliceError):
 
 class TooManyRequests(KeysliceError):
     """More requests than the limit allows."""
+
+
+class QueueFull(TooManyRequests):
+    """As much of one kind of work waits as may."""
 
 
 class LicenceNotAccepted(KeysliceError):

@@ -20,6 +20,7 @@ from service.settings import Settings
 from service.storage.archive import sha256_of
 from service.storage.catalog import Arrival, Quiet
 from service.storage.stores import Stores
+from service.storage.work import refuse
 from service.uploads import StagedFile
 
 SHOWN_WHEN_NOTHING_USABLE = 100  # files named in the error
@@ -61,6 +62,7 @@ def take_in(
     stores: Stores,
     settings: Settings,
     patient_id: str = "",
+    sender: str = "",
 ) -> Intake:
     """Archive every axial CT slice among the files and ask for its series' embeddings.
 
@@ -75,34 +77,46 @@ def take_in(
         found = [vars(each) for each in set_aside[:SHOWN_WHEN_NOTHING_USABLE]]
         message = f"none of {len(set_aside)} files is an axial CT slice"
         raise NothingUsable(message, set_aside=found)
-    arrivals = [_archive(series, stores) for series in groups]
+    arrivals = [_archive(series, stores, sender) for series in groups]
     with _abandoning(arrivals, stores):
         return Intake(groups, set_aside, stores.catalog.receive(arrivals, encoder_id))
 
 
-def collect(files: Iterable[StagedFile], encoder_id: str, stores: Stores, settings: Settings) -> Intake:
+def collect(
+    files: Iterable[StagedFile], encoder_id: str, stores: Stores, settings: Settings, sender: str = ""
+) -> Intake:
     """Archive the axial CT slices among some files of which more may come; series are embedded when they are whole.
 
-    What this answers is on disk and in the catalog. A file that is set aside is gone. Raises BeingErased.
+    What this answers is on disk and in the catalog. A file that is set aside is gone. Raises BeingErased, or QueueFull
+    for a series that is new: one that has begun to come comes to its end.
     """
     groups, set_aside = _group(files, stores)
-    if arrivals := [_archive(series, stores) for series in groups]:
+    if not all(stores.catalog.has(series.series_uid) for series in groups):
+        require_turn(sender, stores, settings)
+    if arrivals := [_archive(series, stores, sender) for series in groups]:
         quiet = Quiet(settings.series_quiet_seconds, settings.series_limit_seconds)
         with _abandoning(arrivals, stores):
             stores.catalog.collect(arrivals, encoder_id, quiet)
     return Intake(groups, set_aside)
 
 
-def adopt(files: Iterable[StagedFile], series_uid: str, encoder_id: str, stores: Stores) -> Intake:
+def adopt(files: Iterable[StagedFile], series_uid: str, encoder_id: str, stores: Stores, sender: str = "") -> Intake:
     """Archive the axial CT slices of one series, which is whole. A file of another series is set aside.
 
     Its embedding is asked for in the catalog; who adopts sends the message. Raises BeingErased.
     """
     groups, set_aside = _group(files, stores, series_uid)
-    if arrivals := [_archive(series, stores) for series in groups]:
+    if arrivals := [_archive(series, stores, sender) for series in groups]:
         with _abandoning(arrivals, stores):
             stores.catalog.collect(arrivals, encoder_id, None)
     return Intake(groups, set_aside)
+
+
+def require_turn(sender: str, stores: Stores, settings: Settings) -> None:
+    """Raises QueueFull where as many series of the sender wait for a worker as may."""
+    waiting = stores.catalog.backlog(sender, settings.max_waiting)
+    if waiting >= settings.max_waiting:
+        refuse(waiting, settings.max_waiting, "series of this sender")
 
 
 def _screened(path: Path, pseudonyms: Pseudonyms | None) -> FileDataset | SetAside:
@@ -196,7 +210,7 @@ def _group(
     return usable, strays + [each for group in aside.values() for each in group]
 
 
-def _archive(series: SeriesIntake, stores: Stores) -> Arrival:
+def _archive(series: SeriesIntake, stores: Stores, sender: str) -> Arrival:
     uid, about = series.series_uid, about_series(series.staged[0][1])
     sop_uids, sums = [sop_uid for sop_uid, _ in series.staged], dict[str, bytes]()
     known = stores.checksums.of(uid, sop_uids)
@@ -213,7 +227,7 @@ def _archive(series: SeriesIntake, stores: Stores) -> Arrival:
             if sop_uid not in known and sop_uid not in sums:  # whoever brought it died before it said so
                 with suppress(FileNotFoundError):  # erased meanwhile, which the catalog finds out
                     sums[sop_uid] = stores.archive.sha256(uid, sop_uid)
-    return Arrival(uid, series.study_uid, series.patient_id, about, sop_uids, sums)
+    return Arrival(uid, series.study_uid, series.patient_id, about, sop_uids, sums, sender)
 
 
 @contextmanager

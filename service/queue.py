@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from base64 import b64decode
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import redis
@@ -27,8 +27,13 @@ CHECK_CANARY = "keyslice.check_canary"
 HEAT_MAP = "keyslice.heat_map"
 EMBED_QUERY = "keyslice.embed_query"
 
-WORK = "keyslice"  # the queue of all that can wait
-ASKED = "keyslice.asked"  # and of what somebody waits for; workers take from both in turn
+# Workers take from these in turn, so that what is in one waits for at most one message of each of the others.
+WORK = "keyslice"
+ASKED = "keyslice.asked"  # what somebody waits for while their request is open
+BEHIND = "keyslice.behind"  # series of senders of whom FAIR_SHARE wait in WORK: nobody else waits for all of them
+HEADS = "keyslice.heads"  # trainings, which take minutes each
+LANES = (WORK, ASKED, BEHIND, HEADS)
+FAIR_SHARE = 8  # series of one sender: a study, or what an export has on its way
 
 REWRITE_SECONDS = 30.0  # of the broker's append-only file
 
@@ -44,8 +49,8 @@ def celery_app(settings: Settings) -> Celery:
         accept_content=["json"],
         task_serializer="json",
         task_default_queue=WORK,
-        task_queues=[Messages(name, Exchange(name), routing_key=name) for name in (WORK, ASKED)],  # type: ignore[no-untyped-call]
-        task_routes={task: {"queue": ASKED} for task in (HEAT_MAP, EMBED_QUERY)},
+        task_queues=[Messages(name, Exchange(name), routing_key=name) for name in LANES],  # type: ignore[no-untyped-call]
+        task_routes={HEAT_MAP: {"queue": ASKED}, EMBED_QUERY: {"queue": ASKED}, TRAIN_HEAD: {"queue": HEADS}},
         task_ignore_result=True,
         task_acks_late=True,
         task_reject_on_worker_lost=True,
@@ -82,8 +87,7 @@ class Queue:
     def embed(self, keys: list[EmbeddingKey]) -> None:
         """Ask for embeddings whose rows are committed. A broker that is down costs time, not work."""
         try:
-            for key in keys:
-                self._send(EMBED_SERIES, key.series_uid, key.encoder_id)
+            self._send_in_turn(keys)
             self._stores.catalog.sent(keys)
         except BrokerDown:
             log.warning("broker does not answer; the sweep will send %d messages later", len(keys))
@@ -119,8 +123,7 @@ class Queue:
         """Send again what the catalog says is waiting and the broker has lost. Raises BrokerDown."""
         empty = self.depth() == 0
         stale = self._settings.stale_seconds
-        for key in self._stores.catalog.lost(stale, queue_is_empty=empty):
-            self._send(EMBED_SERIES, key.series_uid, key.encoder_id)
+        self._send_in_turn(self._stores.catalog.lost(stale, queue_is_empty=empty))
         for head_id in self._stores.heads.lost(stale, queue_is_empty=empty):
             self._send(TRAIN_HEAD, head_id)
         for export_id in self._stores.exports.lost(stale, queue_is_empty=empty):
@@ -141,7 +144,7 @@ class Queue:
         try:
             with self._app.connection_for_write() as connection:
                 client = connection.default_channel.client
-                removed = sum(_forget_waiting(client, name, series_uids) for name in (WORK, ASKED))
+                removed = sum(_forget_waiting(client, name, series_uids) for name in LANES)
                 removed += _forget_in_hand(client, series_uids)
                 _rewrite_log(client)
                 return removed
@@ -152,16 +155,21 @@ class Queue:
         """Messages that no worker has taken yet. Raises BrokerDown."""
         try:
             with self._app.connection_for_read() as connection:
-                return int(connection.default_channel.client.llen(WORK))
+                return sum(int(connection.default_channel.client.llen(name)) for name in (WORK, BEHIND, HEADS))
         except (OperationalError, redis.RedisError, OSError) as error:
             raise BrokerDown(f"the broker does not answer: {type(error).__name__}") from error
 
     def close(self) -> None:
         self._app.close()
 
-    def _send(self, task: str, *arguments: str) -> None:
+    def _send_in_turn(self, keys: Sequence[EmbeddingKey]) -> None:
+        behind = self._stores.catalog.behind(keys, FAIR_SHARE)
+        for key in keys:
+            self._send(EMBED_SERIES, key.series_uid, key.encoder_id, lane=BEHIND if key in behind else None)
+
+    def _send(self, task: str, *arguments: str, lane: str | None = None) -> None:
         try:
-            self._app.send_task(task, args=arguments, retry=False)
+            self._app.send_task(task, args=arguments, retry=False, queue=lane)
         except (OperationalError, redis.RedisError, OSError) as error:
             raise BrokerDown(f"the broker does not answer: {type(error).__name__}") from error
 

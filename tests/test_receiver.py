@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,7 @@ import pydicom
 import pytest
 from archived import archived_file
 from conftest import missing
+from posting import slice_files
 from pydantic import ValidationError
 from pydicom import uid
 from pynetdicom import AE, _config
@@ -29,6 +31,7 @@ from synthetic import write_ct, write_slice
 
 from models.ct.decode import read_hu
 from models.ct.header import read_header
+from models.ct.phantom import Identity
 from service.embedded import in_background
 from service.errors import SeriesNotFound
 from service.settings import Settings
@@ -323,6 +326,22 @@ def test_a_disk_that_is_nearly_full_refuses_with_out_of_resources(tmp_path, plai
     assert "OutOfResources" in sent.stdout + sent.stderr
     assert acknowledged(sent.stdout + sent.stderr) == []
     assert list((settings.data_dir / "archive").glob("*")) == []
+    assert left_behind(settings) == []
+
+
+def test_more_series_than_may_wait_are_sent_again_later_and_one_that_has_begun_is_whole(tmp_path, plain_stores):
+    settings = settings_in(tmp_path, max_waiting=1)
+    begun, new = (slice_files(Identity(name), count=2) for name in ("BEGUN", "NEW"))
+    with receiving(settings, plain_stores):
+        association = associated(settings)
+        order = [begun[0], new[0], begun[1]]
+        answers = [association.send_c_store(pydicom.dcmread(BytesIO(content))) for _, content in order]
+        association.release()
+
+    assert [answer.Status for answer in answers] == [0x0000, 0xA700, 0x0000]
+    assert answers[1].ErrorComment == "as many series wait as may, send it again later"
+    assert plain_stores.catalog.series(Identity("BEGUN").series_uid).received == 2
+    assert not plain_stores.catalog.has(Identity("NEW").series_uid)
     assert left_behind(settings) == []
 
 

@@ -46,6 +46,7 @@ NOT_RUN = {  # page and beginning of the block: why not
     ("docs/index.md", "make demo"): "as README's",
     ("docs/pretraining.md", ""): "needs hours; test_pretrain_cli.py has small ones",
     ("docs/security.md", "KEYSLICE_OIDC_ISSUER"): "needs an identity provider; test_oidc.py has one",
+    ("docs/security.md", "pipx"): "needs PyPI's advisories",
     ("docs/security.md", "docker compose"): "needs an engine; test_containers.py reads what it would start",
     ("docs/storage.md", "import"): "test_docs.py::test_numpy_reads_a_bag_by_the_docs_own_lines",
     ("docs/tutorial.md", "make setup"): "serves for ever; a service is up",

@@ -39,20 +39,22 @@ POLL_SECONDS = 0.25  # between two looks at the series that are being embedded
 ROOM_SECONDS = 2.0  # between two looks at a disk that is too full
 CLOSE_SECONDS = 10.0  # for an export to hand itself back when its worker ends
 
+EXPORTS_AT_ONCE = 4  # one of a whole PACS takes days: somebody else's small one does not wait for it
+
 PAUSED = "waiting for room on the disk"
 
 log = logging.getLogger(__name__)
 
 
 class ExportThreads:
-    """The exports of a worker process, one at a time, each in a thread of its own.
+    """The exports of a worker process, a few at a time, each in a thread of its own.
 
     Not in the task that brought it: an export waits for embeddings, and would hold the thread they need.
     """
 
     def __init__(self, settings: Settings, stores: Stores) -> None:
         self._settings, self._stores = settings, stores
-        self._one = threading.Lock()
+        self._few = threading.BoundedSemaphore(EXPORTS_AT_ONCE)
         self._stopping = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
 
@@ -72,7 +74,7 @@ class ExportThreads:
     def _run(self, export_id: str) -> None:
         queue = Queue(self._settings, self._stores)
         try:
-            with self._one:
+            with self._few:
                 run_export(export_id, self._stores, self._settings, queue, self._stopping)
         except Exception as error:  # a catalog that is away: the sweep finds the export again
             log.error("export %s: %s", export_id, type(error).__name__)
@@ -215,7 +217,7 @@ class _Run:
         with TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as folder:
             staged = self._copied(files, Path(folder), aside)
             try:
-                taken = adopt(staged, series_uid, self._export.encoder_id, self._stores)
+                taken = adopt(staged, series_uid, self._export.encoder_id, self._stores, f"export:{self._export_id}")
             except BeingErased as error:
                 contents.handed_over(self._export_id, self._holder, series_uid, started_at, [], "failed", str(error))
                 return

@@ -26,7 +26,7 @@ from models.ct.reasons import Reason
 from models.specs import MissingWeights, WrongWeights
 from service import logs
 from service.disk import Room
-from service.errors import BeingErased, NoRoom
+from service.errors import BeingErased, NoRoom, QueueFull
 from service.intake import NamedSetAside, collect
 from service.settings import Settings, parse_titles
 from service.storage.chain import Event, Outcome
@@ -180,6 +180,8 @@ class Receiver:
             status, comment = OUT_OF_RESOURCES, "the store is away, send it again later"
         except BeingErased:
             status, comment = OUT_OF_RESOURCES, "the series is being erased, send it again later"
+        except QueueFull:
+            status, comment = OUT_OF_RESOURCES, "as many series wait as may, send it again later"
         except Exception as error:  # a message may hold what the file held
             log.error("not kept: %s", type(error).__name__)
             status, comment = PROCESSING_FAILURE, f"{type(error).__name__} while storing"
@@ -197,7 +199,8 @@ class Receiver:
             return OUT_OF_RESOURCES, "the disk is nearly full"
         if _named_otherwise(path, str(event.request.AffectedSOPInstanceUID)):  # type: ignore[union-attr]
             return DOES_NOT_MATCH, OTHERWISE
-        intake = collect([StagedFile(path, "")], settings.own_encoder_id(), self._stores, settings)
+        sender = f"aet:{event.assoc.requestor.ae_title}"
+        intake = collect([StagedFile(path, "")], settings.own_encoder_id(), self._stores, settings, sender)
         for aside in [*intake.set_aside, *(each for series in intake.series for each in series.set_aside)]:
             return _refusal(aside)
         for series in intake.series:

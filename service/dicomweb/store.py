@@ -108,7 +108,12 @@ async def receive_instances(
 
 
 def store(
-    files: Sequence[StagedFile], study_uid: str | None, encoder_id: str, stores: Stores, settings: Settings
+    files: Sequence[StagedFile],
+    study_uid: str | None,
+    encoder_id: str,
+    stores: Stores,
+    settings: Settings,
+    sender: str = "",
 ) -> Outcome:
     """Archive the axial CT slices among the parts; those of another study than the path's are refused.
 
@@ -122,7 +127,7 @@ def store(
             failures[each.file.name] = Failure(DOES_NOT_MATCH, f"{OTHER_STUDY}: not of the study in the path")
             each.file.path.unlink()
     wanted = [each.file for each in instances if each.file.name not in failures]
-    failures |= _collected(wanted, encoder_id, stores, settings)
+    failures |= _collected(wanted, encoder_id, stores, settings, sender)
     return Outcome([(each, failures.get(each.file.name)) for each in instances])
 
 
@@ -167,10 +172,12 @@ def _instance(file: StagedFile, pseudonyms: Pseudonyms | None) -> Instance:
     return Instance(file, sop_class, sop_uid, series_uid, study_uid, stored_as)
 
 
-def _collected(files: Sequence[StagedFile], encoder_id: str, stores: Stores, settings: Settings) -> dict[str, Failure]:
+def _collected(
+    files: Sequence[StagedFile], encoder_id: str, stores: Stores, settings: Settings, sender: str
+) -> dict[str, Failure]:
     """Hand the files to intake; answers those that were not stored."""
     try:
-        intake = collect(files, encoder_id, stores, settings)
+        intake = collect(files, encoder_id, stores, settings, sender)
     except BeingErased as error:
         return {file.name: Failure(PROCESSING_FAILURE, f"{ERASING}: {error}") for file in files}
     aside = [*intake.set_aside, *(each for series in intake.series for each in series.set_aside)]

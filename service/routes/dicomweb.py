@@ -229,6 +229,7 @@ async def _stored(
             max_bytes=settings.max_upload_bytes,
             max_files=settings.max_upload_files,
         )
-        outcome = await run_in_threadpool(store, files, study, encoder_id, stores, settings)
+        sender = request.state.caller.name
+        outcome = await run_in_threadpool(store, files, study, encoder_id, stores, settings, sender)
     shown.series(instance.stored_as[1] for instance, failure in outcome.instances if failure is None)
     return Response(json.dumps(store_response(outcome, addresses)), outcome.status, media_type=media)

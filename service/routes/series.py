@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from models.ct.decode import read_hu
 from models.ct.errors import UndecodableSlice
 from models.ct.windows import WINDOWS, Window, apply_window
-from service.deps import EncodersDep, QueueDep, RoomDep, SettingsDep, ShownDep, StoresDep, WithinDep, needs
+from service.deps import EncodersDep, QueueDep, RoomDep, SenderDep, SettingsDep, ShownDep, StoresDep, WithinDep, needs
 from service.errors import BadQuery, NotEmbeddedYet, SliceNotFound, WindowNotFound
 from service.intake import Intake, take_in
 from service.queue import Queue
@@ -57,6 +57,7 @@ async def post_series(
     queue: QueueDep,
     encoders: EncodersDep,
     room: RoomDep,
+    sender: SenderDep,
     shown: ShownDep,
     encoder: Annotated[Text | None, Query(description="name; the service's own where unset")] = None,
     patient_id: Annotated[
@@ -74,7 +75,7 @@ async def post_series(
             max_bytes=settings.max_upload_bytes,
             max_files=settings.max_upload_files,
         )
-        intake = await run_in_threadpool(take_in, files, folder, encoder_id, stores, settings, patient_id)
+        intake = await run_in_threadpool(take_in, files, folder, encoder_id, stores, settings, patient_id, sender)
     shown.series(each.series_uid for each in intake.series)
     shown.about(job=intake.job_id)
     return await run_in_threadpool(_ask, intake, stores, queue)

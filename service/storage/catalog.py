@@ -1,6 +1,7 @@
 """SQL: which series there are, what is known of them, and how far their embeddings are."""
 
 import uuid
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -52,6 +53,7 @@ class Arrival:
     about: Mapping[str, Any] = field(default_factory=dict)  # columns of SeriesRow: service/about.py
     sop_uids: Sequence[str] = ()  # what it brought, new or not: all of it must still be in the archive
     sums: Mapping[str, bytes] = field(default_factory=dict)  # SHA-256 of what the catalog has none of, or another
+    sender: str = ""  # as the audit names them
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,20 @@ class Catalog:
         query = _of_job(job_id).where(EmbeddingRow.state == "received")
         with self._database.read() as session:
             return sorted(EmbeddingKey(row.series_uid, row.encoder_id) for row in session.scalars(query))
+
+    def backlog(self, sender: str, most: int) -> int:
+        """How many series of a sender wait for a worker; counted up to `most`."""
+        with self._database.read() as session:
+            return _backlog(session, sender, most)
+
+    def behind(self, keys: Sequence[EmbeddingKey], share: int) -> set[EmbeddingKey]:
+        """Those of the embeddings before which `share` others of the same sender wait already."""
+        behind: set[EmbeddingKey] = set()
+        with self._database.read() as session:
+            for sender, asked in _by_sender(session, keys).items():
+                others = _backlog(session, sender, share + len(asked)) - len(asked)
+                behind.update(asked[max(0, share - others) :])
+        return behind
 
     def sent(self, keys: Sequence[EmbeddingKey]) -> None:
         """Messages for these embeddings are with the broker."""
@@ -381,9 +397,11 @@ def _note(session: Session, arrival: Arrival, encoder_id: str, archive: Archive,
     embedding = session.get(EmbeddingRow, (arrival.series_uid, encoder_id))
     if embedding is None:
         embedding = EmbeddingRow(series_uid=arrival.series_uid, encoder_id=encoder_id, state="received")
+        embedding.sender = arrival.sender
         session.add(embedding)
     elif embedding.state == "failed" or (changed and embedding.state not in OPEN):
         embedding.state, embedding.attempts, embedding.error = "received", 0, None
+        embedding.sender = arrival.sender
     session.flush()
 
 
@@ -405,6 +423,23 @@ def _wait_for_more(series: SeriesRow, quiet: Quiet | None) -> None:
         series.collecting_since = moment
     limit = series.collecting_since + timedelta(seconds=quiet.limit_seconds)
     series.whole_at = min(moment + timedelta(seconds=quiet.seconds), limit)
+
+
+def _backlog(session: Session, sender: str, most: int) -> int:
+    waiting = select(EmbeddingRow.series_uid).where(EmbeddingRow.state.in_(WAITING), EmbeddingRow.sender == sender)
+    return session.scalar(select(func.count()).select_from(waiting.limit(most).subquery())) or 0
+
+
+def _by_sender(session: Session, keys: Sequence[EmbeddingKey]) -> dict[str, list[EmbeddingKey]]:
+    """In the order of the keys."""
+    query, senders = select(EmbeddingRow.series_uid, EmbeddingRow.encoder_id, EmbeddingRow.sender), {}
+    for start in range(0, len(keys), 500):  # SQLite takes a limited number of parameters
+        part = query.where(EmbeddingRow.series_uid.in_({key.series_uid for key in keys[start : start + 500]}))
+        senders.update({EmbeddingKey(uid, encoder_id): sender for uid, encoder_id, sender in session.execute(part)})
+    groups: dict[str, list[EmbeddingKey]] = defaultdict(list)
+    for key in keys:
+        groups[senders.get(key, "")].append(key)
+    return groups
 
 
 def _of_job(job_id: str) -> Select[Any]:

@@ -1,14 +1,17 @@
-"""SQL: the rules by which a worker takes work on, and by which it counts as lost."""
+"""SQL: the rules by which a worker takes work on, and by which it counts as lost; how much may wait."""
 
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.storage.tables import Work, now
+from service.errors import QueueFull
+from service.storage.tables import ExportRow, HeadRow, Work, now
 
 Kind = TypeVar("Kind", bound=Work)
+MOST_WAITING = 1000  # heads, or exports; of series a setting says how many
+RETRY_SECONDS = 60
 
 
 def taken_on(row: Work, running: str, holder: str, stale_seconds: float, max_attempts: int) -> bool:
@@ -33,3 +36,19 @@ def lost(session: Session, kind: type[Kind], running: str, stale_seconds: float,
     for row in rows:
         row.state, row.holder, row.touched_at = "queued", None, now()
     return rows
+
+
+def require_turn(session: Session, kind: type[HeadRow] | type[ExportRow], most: int) -> None:
+    """Raises QueueFull where as many of the kind wait for a worker as may."""
+    waiting = session.scalar(select(func.count()).select_from(kind).where(kind.state.in_(("received", "queued")))) or 0
+    if waiting >= most:
+        refuse(waiting, most, kind.__tablename__)
+
+
+def refuse(waiting: int, most: int, what: str) -> NoReturn:
+    """Raises QueueFull."""
+    raise QueueFull(
+        f"{waiting} {what} wait for a worker, expected fewer than {most}; try again in {RETRY_SECONDS} s",
+        waiting=waiting,
+        retry_after_seconds=RETRY_SECONDS,
+    )
