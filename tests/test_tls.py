@@ -58,7 +58,7 @@ def place(tmp_path_factory) -> Iterator[tuple[httpx.Client, ssl.SSLContext]]:
     folder = tmp_path_factory.mktemp("tls")
     (server,) = re.findall(r"```nginx\n(.*?)```", (ROOT / "docs" / "security.md").read_text(), re.DOTALL)
     _, key = keys_of(Settings(data_dir=folder / "data")).create("here", ["read", "write"], None)
-    port = free_port("127.0.0.1", 0)
+    trusting, port = ssl.create_default_context(cafile=certify(folder)), free_port("127.0.0.1", 0)
     with in_background(folder / "data", KEYSLICE_PUBLIC_URL=f"https://{HOST}") as running:
         places = {"443": f"127.0.0.1:{port}", "/etc/nginx": str(folder), "http://127.0.0.1:8000": running.address}
         for written, ours in places.items():
@@ -66,12 +66,12 @@ def place(tmp_path_factory) -> Iterator[tuple[httpx.Client, ssl.SSLContext]]:
             server = server.replace(written, ours, 1 if written == "443" else -1)
         (folder / "nginx.conf").write_text(AROUND.format(folder=folder, server=server))
         process = subprocess.Popen([nginx, "-p", folder, "-c", folder / "nginx.conf"])
-        trusting = ssl.create_default_context(cafile=certify(folder))
         headers = {"Host": HOST, "Authorization": f"Bearer {key}"}
         with httpx.Client(
             base_url=f"https://localhost:{port}", verify=trusting, headers=headers, timeout=120
         ) as client:
-            while process.poll() is None and not is_up(client):
+            while not is_up(client):
+                assert process.poll() is None
                 time.sleep(0.05)
             yield client, trusting
         process.terminate()
