@@ -25,7 +25,7 @@ from rich.table import Table
 
 from models.ct.phantom import Identity, chest, write_series
 from models.lecl.config import ArchiveConfig, Config, read_config
-from models.lecl.objectives import pretraining
+from models.lecl.objectives import Pretraining, pretraining
 from models.lecl.sources import Source
 from models.lecl.train import Result, open_source, pretrain
 from models.lecl.views import Views, edited
@@ -52,7 +52,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="keyslice-bench-") as name:
         seconds, weights = None if minutes is None else minutes * 60, Settings().weights_path
         told = configured(read_config(config), Path(name), STEPS if seconds is None else MANY, workers)
-        costs = sample_costs(told, open_source(told.data), pretraining(told, weights).contrasts)
+        costs = sample_costs(told, open_source(told.data), pretraining(told, weights))
         report(told, pretrain(told, weights, max_seconds=seconds), costs)
 
 
@@ -86,10 +86,10 @@ def unpacked(folder: Path) -> Path:
     return folder
 
 
-def sample_costs(config: Config, source: Source, contrast: bool) -> dict[str, float]:
+def sample_costs(config: Config, source: Source, module: Pretraining) -> dict[str, float]:
     """Milliseconds of one core that a sample takes: the planting in it, and all of it."""
     cv2.setNumThreads(1)
-    views = Views(source, config.views, config.run.seed, contrast=contrast)
+    views = Views(source, config.views, config.run.seed, module.contrasts, module.restores)
     indices = np.random.default_rng(0).permutation(len(source))[:SAMPLES].tolist()
     images = [source[index] for index in indices]
 

@@ -232,6 +232,16 @@ def test_the_second_view_looks_elsewhere_and_without_contrast_there_is_none(ches
         assert np.abs(both.other - both.view).mean() > 0.005
 
 
+def test_without_restoring_nobody_makes_the_healthy_view_and_the_rest_is_the_same(chests):
+    for key in KEYS[:6]:
+        both = Views(chests, config(plant=1), seed=0)[key]
+        one = Views(chests, config(plant=1), seed=0, restore=False)[key]
+
+        assert one.healthy.tobytes() == one.view.tobytes() == both.view.tobytes()
+        assert one.other.tobytes() == both.other.tobytes()
+        assert one.mask.tobytes() == both.mask.tobytes()
+
+
 def test_a_slice_of_air_has_no_lesion_and_no_end():
     class Air:
         patients = ("a",)

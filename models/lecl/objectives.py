@@ -29,7 +29,7 @@ class Pretraining(nn.Module):
         if self.contrasts:
             freeze_patch_stem(online)
             self.contrast = MoCo(online, config.temperature, config.projector_hidden)
-        if "reconstruction" in self._asked:
+        if self.restores:
             self.restorer = Restorer(online.channels)
         if "discrimination" in self._asked:
             self.projections = Projections(online.channels, online.dim)
@@ -41,6 +41,11 @@ class Pretraining(nn.Module):
         """Whether it looks at a batch's second views."""
         return "moco" in self._asked or "lecl" in self._asked
 
+    @property
+    def restores(self) -> bool:
+        """Whether it looks at what a batch's slices were before planting."""
+        return "reconstruction" in self._asked
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Each objective's loss by name, unweighted."""
         config, losses = self._config, {}
@@ -48,7 +53,7 @@ class Pretraining(nn.Module):
         for name, weight in (("moco", 0.0), ("lecl", config.lecl_lambda)):
             if name in self._asked:
                 losses[name] = self.contrast(embedding, batch.view, batch.other, batch.lesion, weight)
-        if "reconstruction" in self._asked:
+        if self.restores:
             restored = self.restorer(map, batch.view.shape[-1])  # (B, 1, S, S)
             losses["reconstruction"] = reconstruction_loss(restored, batch.healthy, batch.mask)
         if "discrimination" in self._asked:

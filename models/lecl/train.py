@@ -84,7 +84,7 @@ def pretrain(
         source = open_source(config.data)
         torch.manual_seed(config.run.seed)
         module = pretraining(config, weights_dir)
-        views = Views(source, config.views, config.run.seed, contrast=module.contrasts)
+        views = Views(source, config.views, config.run.seed, module.contrasts, module.restores)
         if fresh and rank.first:
             discard(config.run.output)
             shutil.rmtree(config.run.output / "tensorboard", ignore_errors=True)

@@ -63,11 +63,14 @@ def collate(samples: list[Sample]) -> Batch:
 class Views(Dataset[Sample]):
     """The samples of a source. A key is (slice, draw): the same key gives the same sample, whoever asks and when.
 
-    Without `contrast` the second view is the first: nobody looks at it.
+    Without `contrast` the second view is the first, and without `restore` so is the healthy one: nobody looks at it.
     """
 
-    def __init__(self, source: Source, config: ViewConfig, seed: int, contrast: bool = True) -> None:
-        self._source, self._config, self._seed, self._contrast = source, config, seed, contrast
+    def __init__(
+        self, source: Source, config: ViewConfig, seed: int, contrast: bool = True, restore: bool = True
+    ) -> None:
+        self._source, self._config, self._seed = source, config, seed
+        self._contrast, self._restore = contrast, restore
         self._windows = [WINDOWS[name] for name in config.windows]
 
     def __len__(self) -> int:
@@ -87,7 +90,7 @@ class Views(Dataset[Sample]):
         shown = look.mask(np.maximum.reduce(seen)) if seen else np.zeros_like(view)
         return Sample(
             view=view,
-            healthy=look.at(edit.healthy, window) if seen else view,
+            healthy=look.at(edit.healthy, window) if seen and self._restore else view,
             mask=shown,
             other=self._other(edit.hu, window, lesion, random) if self._contrast else view,
             lesion=bool(shown.max() > 0.5) or any(look.holds(box) for box in image.boxes),
