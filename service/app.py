@@ -81,6 +81,7 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
 }
 
 PROBLEM = "application/problem+json"
+INVALID = "invalid-request", "The request does not match the schema"
 MOST_ERRORS = 20  # of one request that are told
 PROBLEM_CONTENT = {"schema": {"$ref": "#/components/schemas/Problem"}}
 
@@ -230,13 +231,15 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     found = [{"where": list(each["loc"]), "expected": each["msg"]} for each in error.errors()[:MOST_ERRORS]]
     detail = "; ".join(f"{'.'.join(map(str, each['where']))}: {each['expected']}" for each in found)
     status = 400 if request.url.path.startswith(PREFIX) else 422  # PS3.18 knows 400 alone
-    return _problem(status, "invalid-request", "The request does not match the schema", detail, {"errors": found})
+    return _problem(status, *INVALID, detail, {"errors": found})
 
 
 async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, errors.KeysliceError):  # FastAPI says 400 of whatever reading a body raises
         return await _on_error(request, error.__cause__)
+    if error.status_code == 400:  # or what it finds wrong with one that is no JSON or no form at all
+        return _problem(400, *INVALID, error.detail)
     answer = _problem(
         error.status_code, errors.kebab(error.detail.title().replace(" ", "")), error.detail, error.detail
     )

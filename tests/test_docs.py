@@ -159,7 +159,7 @@ def test_every_kind_of_error_is_documented_with_its_status(tmp_path):
             "invalid-request",
             422,
             f"The request does not match the schema; `errors` says where, {MOST_ERRORS} of them. "
-            "Below `/dicom-web` 400.",
+            "Below `/dicom-web`, and of a body that cannot be parsed, 400.",
         ),
         ("request-timeout", 408, "A body that stands still, or takes too long."),
     } == {
