@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from service import errors, logs, traces
 from service.audited import Audited
 from service.auth import Access, Authenticated, require_key
+from service.bounded import Bounded
 from service.deps import EncoderNames, cached_heads
 from service.dicomweb.addresses import PREFIX
 from service.disk import is_full
@@ -80,6 +81,8 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
 }
 
 PROBLEM = "application/problem+json"
+INVALID = "invalid-request", "The request does not match the schema"
+MOST_ERRORS = 20  # of one request that are told
 PROBLEM_CONTENT = {"schema": {"$ref": "#/components/schemas/Problem"}}
 
 log = logging.getLogger(__name__)
@@ -161,6 +164,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in mounted:
         app.include_router(router.router)
     app.state.metrics = registry
+    app.add_middleware(Bounded, settings=settings)
     app.add_middleware(Timely, seconds=settings.max_upload_seconds, silent_seconds=settings.upload_silent_seconds)
     app.add_middleware(Audited)
     app.add_middleware(Authenticated, refuse=_on_error)
@@ -224,14 +228,18 @@ def _headers(error: errors.KeysliceError) -> dict[str, str]:
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    found = [{"where": list(each["loc"]), "expected": each["msg"]} for each in error.errors()]
+    found = [{"where": list(each["loc"]), "expected": each["msg"]} for each in error.errors()[:MOST_ERRORS]]
     detail = "; ".join(f"{'.'.join(map(str, each['where']))}: {each['expected']}" for each in found)
     status = 400 if request.url.path.startswith(PREFIX) else 422  # PS3.18 knows 400 alone
-    return _problem(status, "invalid-request", "The request does not match the schema", detail, {"errors": found})
+    return _problem(status, *INVALID, detail, {"errors": found})
 
 
-async def _on_http(_: Request, error: Exception) -> JSONResponse:
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, errors.KeysliceError):  # FastAPI says 400 of whatever reading a body raises
+        return await _on_error(request, error.__cause__)
+    if error.status_code == 400:  # or what it finds wrong with one that is no JSON or no form at all
+        return _problem(400, *INVALID, error.detail)
     answer = _problem(
         error.status_code, errors.kebab(error.detail.title().replace(" ", "")), error.detail, error.detail
     )

@@ -90,7 +90,7 @@ class Child:
     def stop(self) -> None:
         if self.process is None:
             return
-        self._signal(signal.SIGTERM)
+        self.process.terminate()  # not its own processes, which it may need to come to its end
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -79,6 +79,7 @@ class Settings(BaseSettings):
     export_series_ahead: int = Field(
         8, ge=1, description="series of an export that wait for the encoder or are in it; other work is queued behind"
     )
+    max_body_bytes: int = Field(8 * 2**20, gt=0, description="bytes of a request that brings no file")
     max_labels_bytes: int = Field(32 * 2**20, gt=0, description="bytes of a labels table")
     max_neighbours: int = Field(1000, gt=0, description="largest k of a search")
 

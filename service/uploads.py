@@ -24,15 +24,13 @@ class StagedFile:
 
 
 async def receive_files(
-    stream: AsyncIterator[bytes], content_type: str, folder: Path, room: Room, *, max_bytes: int, max_files: int
+    stream: AsyncIterator[bytes], content_type: str, folder: Path, room: Room, *, max_files: int
 ) -> list[StagedFile]:
     """The parts named `files` of a multipart/form-data body, written below folder. Raises BadUpload or NoRoom."""
     kind, options = parse_options_header(content_type)
     if kind != b"multipart/form-data" or b"boundary" not in options:
         raise BadUpload(f"Content-Type is {kind.decode('latin-1') or 'missing'}, expected multipart/form-data")
-    parts = await receive_parts(
-        stream, options[b"boundary"], folder, _form_file, room, max_bytes=max_bytes, max_files=max_files
-    )
+    parts = await receive_parts(stream, options[b"boundary"], folder, _form_file, room, max_files=max_files)
     if not any(file.path.stat().st_size for file in parts):
         raise EmptyUpload(f"no file with content in the upload, expected one or more parts named {FIELD!r}")
     # An empty part without a name is a browser's field that nobody filled.
@@ -54,7 +52,6 @@ async def receive_parts(
     name: Callable[[Mapping[bytes, bytes]], str],
     room: Room,
     *,
-    max_bytes: int,
     max_files: int,
 ) -> list[StagedFile]:
     """The parts of any multipart body, written below folder, empty ones too.
@@ -62,12 +59,9 @@ async def receive_parts(
     `name` says what a part's headers call it, nothing for one without a name, and raises where they are wrong.
     Raises also BadUpload, UploadTooLarge and NoRoom.
     """
-    received, buffer = 0, bytearray()
+    buffer = bytearray()
     with _writing(folder, boundary, name, max_files) as writer:
         async for chunk in stream:
-            received += len(chunk)
-            if received > max_bytes:
-                raise UploadTooLarge(f"upload is longer than {max_bytes} bytes")
             buffer += chunk
             if len(buffer) >= WRITE_BYTES:
                 room.require(len(buffer))

@@ -1,9 +1,15 @@
 """What callers do wrong: each a 4xx problem that says what was found, with nothing left behind."""
 
 import io
+import re
+import socket
+import stat
 import tarfile
 import zipfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 import httpx
 import numpy as np
@@ -106,17 +112,42 @@ class TestUploads:
         problem(post(http, [("series.zip", zipped([(name, content)]))]), 422, "bad-archive")
         problem(post(http, [("series.tar", tarred([(name, content)]))]), 422, "bad-archive")
 
-    def test_a_tar_with_a_link(self, http):
+    @pytest.mark.parametrize(
+        "kind",
+        [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE],
+        ids=["symbolic link", "hard link", "fifo", "character device", "block device"],
+    )
+    def test_a_tar_with_a_link_or_device(self, http, kind):
         body = io.BytesIO()
         with tarfile.open(fileobj=body, mode="w") as archive:
-            link = tarfile.TarInfo("link.dcm")
-            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-            archive.addfile(link)
-        problem(post(http, [("series.tar", body.getvalue())]), 422, "bad-archive")
+            member = tarfile.TarInfo("link.dcm")
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+        assert "link or device" in problem(post(http, [("series.tar", body.getvalue())]), 422, "bad-archive")["detail"]
 
-    def test_a_zip_bomb(self, http):
-        bomb = zipped([("zeros.dcm", bytes(300 * 2**20))])
-        assert "expands" in problem(post(http, [("bomb.zip", bomb)]), 422, "bad-archive")["detail"]
+    def test_a_zip_with_a_symbolic_link(self, http):
+        body = io.BytesIO()
+        with zipfile.ZipFile(body, "w") as archive:
+            member = zipfile.ZipInfo("link.dcm")
+            member.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(member, "/etc/passwd")
+        assert "link" in problem(post(http, [("series.zip", body.getvalue())]), 422, "bad-archive")["detail"]
+
+    @pytest.mark.parametrize("pack", [zipped, tarred])
+    def test_an_archive_in_an_archive_is_not_opened(self, http, pack):
+        inner = pack(slice_files(Identity("NESTED"), count=1))
+        found = problem(post(http, [("outer", pack([("inner", inner)]))]), 422, "nothing-usable")["set_aside"]
+        assert [(each["file"], each["reason"]) for each in found] == [("inner", "not_dicom")]
+
+    @pytest.mark.parametrize(
+        "pack",
+        [zipped, *(partial(tarred, mode=f"w:{kind}") for kind in ("gz", "xz", "bz2"))],
+        ids=["zip", "tar.gz", "tar.xz", "tar.bz2"],
+    )
+    def test_a_bomb(self, http, pack):
+        bomb = pack([("zeros.dcm", bytes(300 * 2**20))])
+        assert len(bomb) < 2**20
+        assert "expands" in problem(post(http, [("bomb", bomb)]), 422, "bad-archive")["detail"]
 
     def test_a_slice_without_pixels(self, http):
         def strip(_number, dataset):
@@ -364,6 +395,71 @@ class TestLabels:
         problem(http.get(f"/v1/heads/{trained}/comparison"), 422, "invalid-request")
 
 
+# A header's or a log line's end, and what would be the next one.
+SPLIT = "a\r\nX-Evil: 1"
+
+
+class TestNames:
+    """Nothing that a caller words begins another header, or another line of the log."""
+
+    @pytest.fixture(autouse=True)
+    def split_nothing(self, service):
+        """Holds of everything that a test of this class did."""
+        yield
+        log = Path(service_data(service), "keyslice.log").read_text()
+        assert "Evil" not in log
+
+    def calls(self, http) -> Iterator[tuple[str, dict[str, str]]]:
+        """Every GET, with the same value wherever it takes a text."""
+        for path, operations in http.get("/openapi.json").json()["paths"].items():
+            if "get" in operations and not path.endswith("/events"):
+                taken = [each for each in operations["get"].get("parameters", []) if each["in"] == "query"]
+                yield re.sub("{.*?}", quote(SPLIT, safe=""), path), {each["name"]: SPLIT for each in taken}
+
+    def test_of_paths_and_queries(self, http):
+        for path, query in self.calls(http):
+            for asked in [{}, query, *({name: value} for name, value in query.items())]:
+                answer = http.get(path, params=asked)
+                assert answer.status_code < 500, (path, asked)
+                assert "x-evil" not in answer.headers, (path, asked)
+
+    @pytest.mark.parametrize("end", ["\r\n", "\n", " ", "\t", "\r\nX-Evil: 1"])
+    def test_of_a_file_that_is_given_back(self, http, trained, end):
+        whole = http.get(f"/v1/heads/{trained}@1/weights")
+        assert whole.headers["content-disposition"] == f'attachment; filename="head-{trained}@1.safetensors"'
+
+        for name in (trained, f"{trained}@1"):
+            problem(http.get(f"/v1/heads/{name}{quote(end)}/weights"), 404, "head-not-found")
+
+    @pytest.mark.parametrize("pack", [zipped, tarred])
+    def test_of_members_that_are_named_in_the_answer(self, http, pack):
+        answer = post(http, [("outer", pack([(SPLIT, b"no DICOM" * 100)]))])
+        assert [each["file"] for each in problem(answer, 422, "nothing-usable")["set_aside"]] == [SPLIT]
+        assert "x-evil" not in answer.headers
+
+    def test_of_a_series(self, http):
+        def split(_number, dataset):
+            dataset.StudyInstanceUID = SPLIT  # of which a multipart answer would tell the address
+
+        answer = post(http, slice_files(Identity("SPLIT"), count=1, change=split))
+        assert problem(answer, 422, "nothing-usable")["set_aside"][0]["reason"] == "invalid_uid"
+
+    def test_of_tags(self, http, small):
+        tags = http.put(f"/v1/series/{small}/tags", json={"tags": [SPLIT]})
+        assert (tags.status_code, tags.json()["tags"], "x-evil" in tags.headers) == (200, [SPLIT], False)
+
+    @pytest.mark.parametrize("sent", [b"a\r\n X-Evil: 1", b"a\rX-Evil: 1", b"a\nX-Evil: 1", b"a\x0bX-Evil: 1"])
+    def test_of_a_request(self, service, sent):
+        """Byte by byte: clients refuse to send it."""
+        address = urlsplit(service.address)
+        head = b"GET /healthz HTTP/1.1\r\nHost: %b\r\nConnection: close\r\n" % address.netloc.encode()
+        with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+            connection.sendall(head + b"X-Request-ID: " + sent + b"\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        assert answer.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 400 "))
+        assert b"Evil" not in answer
+
+
 class TestSearches:
     @pytest.mark.parametrize(
         "query",
@@ -386,6 +482,15 @@ class TestSearches:
     def test_a_body_that_is_no_query(self, http, body):
         answer = http.post("/v1/search", content=body, headers={"Content-Type": "application/json"})
         assert 400 <= answer.status_code < 500, answer.text
+
+    @pytest.mark.parametrize("opened", [b"[", b'{"filters":', b'{"vector":['])
+    def test_a_body_as_deep_as_it_is_long(self, http, opened):
+        answer = http.post("/v1/search", content=opened * 500_000, headers={"Content-Type": "application/json"})
+        problem(answer, 400, "invalid-request")
+
+    def test_a_form_that_is_none(self, http):
+        answer = http.post("/v1/heads", content=b"x", headers={"Content-Type": "multipart/form-data"})
+        problem(answer, 400, "invalid-request")
 
     @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e308", "0"])
     def test_a_vector_without_direction(self, http, number):

@@ -19,7 +19,7 @@ from models.ct.reasons import Reason
 from models.heads.options import HeadOptions
 from models.modes import WAYS
 from models.zoo import ENCODERS
-from service.app import STATUSES, create_app
+from service.app import MOST_ERRORS, STATUSES, create_app
 from service.errors import kinds
 from service.settings import Settings
 from workers.receiver import STORAGE
@@ -155,7 +155,12 @@ def test_every_kind_of_error_is_documented_with_its_status(tmp_path):
         for kind, error in kinds().items()
     }
     assert {(kind, int(status), when) for kind, status, when in said} - {
-        ("invalid-request", 422, "The request does not match the schema; `errors` says where. Below `/dicom-web` 400."),
+        (
+            "invalid-request",
+            422,
+            f"The request does not match the schema; `errors` says where, {MOST_ERRORS} of them. "
+            "Below `/dicom-web`, and of a body that cannot be parsed, 400.",
+        ),
         ("request-timeout", 408, "A body that stands still, or takes too long."),
     } == {
         (kind, status, kinds()[kind].__doc__.partition("\n")[0])

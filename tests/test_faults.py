@@ -18,7 +18,7 @@ import pytest
 from posting import embed, post, slice_files, wait
 
 from models.ct.phantom import Identity
-from service.embedded import Running, in_background
+from service.embedded import STOP_SECONDS, Running, in_background
 
 LONG = 500  # slices: some seconds of work
 
@@ -224,6 +224,28 @@ def test_a_second_service_on_the_same_data_is_refused(service, folder):
         pass
 
     assert "another keyslice is up" in (folder / "keyslice.log").read_text()
+
+
+def test_a_service_that_is_stopped_in_the_middle_of_a_series_hands_it_back_and_embeds_it_once_when_it_is_back(tmp_path):
+    identity, quick = Identity("STOPPED"), {"KEYSLICE_SWEEP_SECONDS": "0.5", "KEYSLICE_STALE_SECONDS": "4"}
+    with in_background(tmp_path, **quick) as running, httpx.Client(base_url=running.address, timeout=60) as http:
+        job = post(http, slice_files(identity, count=LONG)).json()["job_id"]
+        wait_until_under_way(http, job)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(STOP_SECONDS) == 0
+    handed_back = stored(tmp_path, "SELECT state, holder, attempts, content FROM embeddings")
+    log = (tmp_path / "keyslice.log").read_text()
+
+    with in_background(tmp_path, **quick) as running, httpx.Client(base_url=running.address, timeout=60) as http:
+        assert wait(http, job)["state"] == "done"
+        assert http.get(f"/v1/series/{identity.series_uid}").json()["verdict"]["set_aside"] == []
+        assert len(bag(http, identity)) == LONG
+        assert rows(http, identity) == [(k, window) for k in range(LONG) for window in ("abdomen", "lung")]
+
+    assert handed_back == [("queued", None, 0, None)]
+    assert "killing it" not in log
+    assert len(list(tmp_path.glob(f"bags/*/{identity.series_uid}/*"))) == 1
+    assert stored(tmp_path, "SELECT state, attempts FROM embeddings") == [("indexed", 0)]
 
 
 def test_stopping_leaves_no_process_behind(tmp_path):

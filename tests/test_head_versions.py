@@ -258,6 +258,21 @@ def test_a_training_in_progress_is_cancelled_between_two_epochs(http, worker, pa
     assert http.get(f"/v1/heads/{accepted['head_id']}").json()["state"] == "cancelled"
 
 
+def test_a_training_whose_worker_is_told_to_end_goes_back_and_does_not_count_as_tried(http, worker, patients):
+    accepted = post(http, patients)
+    worker.stopping.set()
+    for _ in range(worker.settings.max_attempts + 1):
+        with pytest.raises(InterruptedError):
+            pipeline.train_head(accepted["head_id"], worker)
+    before = worker.stores.heads.get(accepted["head_id"])
+
+    worker.stopping.clear()
+    pipeline.train_head(accepted["head_id"], worker)
+
+    assert (before.state, before.attempts, before.holder) == ("queued", 0, None)
+    assert http.get(f"/v1/heads/{accepted['head_id']}").json()["state"] == "ready"
+
+
 def test_a_worker_that_ends_a_cancelled_training_does_not_bring_it_back(http, worker, patients):
     accepted = post(http, patients)
     http.post(f"/v1/jobs/{accepted['job_id']}/cancel")

@@ -79,7 +79,7 @@ def test_nobody_is_named_not_even_by_who_asks_for_what_is_not_here(written):
     assert [line["status"] for line in found if line.get("route") == "/v1/patients/{patient_id}/predictions"] == [404]
 
 
-@pytest.mark.parametrize("sent", ["", "a b", "x" * 65, "a\tb", "{}"])
+@pytest.mark.parametrize("sent", ["", "a b", "x" * 65, "a\tb", "{}", "a\n", "a\r\nb: c"])
 def test_a_request_id_that_could_forge_a_line_is_replaced(tmp_path, sent):
     app = create_app(Settings(data_dir=tmp_path, broker_url="memory://"))
     with TestClient(app, base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as http:

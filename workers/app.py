@@ -7,7 +7,7 @@ them. More GPUs or cores are more workers.
 
 import logging
 
-from celery.signals import worker_init, worker_shutdown
+from celery.signals import worker_init, worker_shutdown, worker_shutting_down
 
 from service import logs, traces
 from service.queue import celery_app
@@ -36,6 +36,14 @@ def open_resources(**_: object) -> None:
         worker.line(worker.own_encoder_id())
     except (MissingWeights, WrongWeights, CannotRun, LicenceForbids) as error:
         log.error("%s", error)  # tasks will fail with this reason; the rest works
+
+
+@worker_shutting_down.connect
+def hand_back(**_: object) -> None:
+    """At the first SIGTERM or Ctrl-C, while tasks still run."""
+    from workers.resources import resources
+
+    resources().stopping.set()
 
 
 @worker_shutdown.connect

@@ -36,6 +36,8 @@ from workers.resources import Resources
 
 PROGRESS_SECONDS = 1.0  # between two notes of progress, which are also the sign of life
 
+NO_FAULT = (StorageUnreachable, InterruptedError)  # of the work: tried again, however often
+
 Progress = Callable[[int, int], None]  # slices done, of slices known
 
 log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ def embed_series(series_uid: str, encoder_id: str, worker: Resources) -> bool:
             _let_go(key, worker)
             return False
         log.warning("series %s: %s, to be tried again", series_uid, type(error).__name__)
-        catalog.release(key, type(error).__name__, counted=not isinstance(error, StorageUnreachable))
+        catalog.release(key, type(error).__name__, counted=not isinstance(error, NO_FAULT))
         raise
     except Exception as error:  # nothing may leave a series embedding for ever
         log.error("series %s: %s", series_uid, type(error).__name__)
@@ -91,6 +93,7 @@ def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     series_key = stores.catalog.series(key.series_uid).series_key
 
     def note(done: int, known: int) -> None:
+        _go_on(worker)
         if not stores.catalog.progress(key, done, known):
             raise NotWanted
 
@@ -120,6 +123,12 @@ def _embed(key: EmbeddingKey, line: Line, worker: Resources) -> bool:
     return True
 
 
+def _go_on(worker: Resources) -> None:
+    """Raises InterruptedError, which hands the work back, where the worker was told to end."""
+    if worker.stopping.is_set():
+        raise InterruptedError("the worker ends")
+
+
 def _let_go(key: EmbeddingKey, worker: Resources) -> None:
     """The series was erased while it was embedded: leave nothing of it, and say so to whoever erases it."""
     if not worker.stores.catalog.has(key.series_uid):
@@ -140,6 +149,7 @@ def _train_head(head_id: str, worker: Resources) -> None:
     row = heads.get(head_id)
 
     def note(done: int, known: int) -> None:
+        _go_on(worker)
         if not heads.progress(head_id, done, known):
             raise NotWanted
 
@@ -153,7 +163,7 @@ def _train_head(head_id: str, worker: Resources) -> None:
         heads.fail(head_id, str(error))
         return
     except (OSError, OperationalError) as error:
-        heads.release(head_id, type(error).__name__, counted=not isinstance(error, StorageUnreachable))
+        heads.release(head_id, type(error).__name__, counted=not isinstance(error, NO_FAULT))
         raise
     except Exception as error:  # nothing may leave a head in training for ever
         heads.fail(head_id, f"{type(error).__name__} while training")

@@ -28,6 +28,7 @@ class Resources:
         self.settings = settings
         self.stores: Stores = open_stores(settings)
         self.exports = ExportThreads(settings, self.stores)
+        self.stopping = threading.Event()  # the process was told to end: what it has in hand goes back
         self.training = threading.Lock()  # torch's random numbers are the process's: one head at a time
         self._lines: dict[str, Line] = {}
         self._loading = threading.Lock()

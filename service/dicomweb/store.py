@@ -81,7 +81,7 @@ class Outcome:
 
 
 async def receive_instances(
-    stream: AsyncIterator[bytes], content_type: str, folder: Path, room: Room, *, max_bytes: int, max_files: int
+    stream: AsyncIterator[bytes], content_type: str, folder: Path, room: Room, *, max_files: int
 ) -> list[StagedFile]:
     """The parts of a multipart/related body, below folder.
 
@@ -95,9 +95,7 @@ async def receive_instances(
     if not options.get(b"boundary"):
         raise BadDicomWeb("Content-Type names no boundary, expected one")
     try:
-        files = await receive_parts(
-            stream, options[b"boundary"], folder, _checked_part, room, max_bytes=max_bytes, max_files=max_files
-        )
+        files = await receive_parts(stream, options[b"boundary"], folder, _checked_part, room, max_files=max_files)
     except UploadTooLarge:
         raise
     except BadUpload as error:

@@ -226,7 +226,6 @@ async def _stored(
             request.headers.get("content-type", ""),
             folder,
             room,
-            max_bytes=settings.max_upload_bytes,
             max_files=settings.max_upload_files,
         )
         sender = request.state.caller.name

@@ -72,7 +72,6 @@ async def post_series(
             request.headers.get("content-type", ""),
             folder,
             room,
-            max_bytes=settings.max_upload_bytes,
             max_files=settings.max_upload_files,
         )
         intake = await run_in_threadpool(take_in, files, folder, encoder_id, stores, settings, patient_id, sender)

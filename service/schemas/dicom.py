@@ -2,18 +2,16 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from service.dicom_out.peers import AE_TITLE
-from service.schemas.base import Schema, Text
+from service.schemas.base import Schema, Sent, Text
 
 DicomKind = Literal["key_objects", "report"]
 
 
-class CStoreAddress(BaseModel):
+class CStoreAddress(Sent):
     """A C-STORE SCP."""
-
-    model_config = ConfigDict(extra="forbid")
 
     host: Text
     port: int = Field(ge=1, le=65535)
@@ -21,10 +19,8 @@ class CStoreAddress(BaseModel):
     calling_ae: str = Field("KEYSLICE", pattern=AE_TITLE)
 
 
-class DicomPeer(BaseModel):
+class DicomPeer(Sent):
     """One of the two: a STOW-RS URL or a C-STORE SCP, that KEYSLICE_DICOM_PEERS names."""
-
-    model_config = ConfigDict(extra="forbid")
 
     stow: str | None = Field(None, min_length=1, max_length=2000, description="the URL that is posted to")
     c_store: CStoreAddress | None = None
@@ -36,11 +32,10 @@ class DicomPeer(BaseModel):
         return self
 
 
-class DicomOut(BaseModel):
+class DicomOut(Sent):
     """Which documents of a head's prediction go where."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [{"head": "0123456789ab", "to": {"stow": "https://pacs.example/dicom-web/studies"}}]
         },

@@ -3,10 +3,10 @@
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from models.ct.reasons import Reason
-from service.schemas.base import Schema, Text
+from service.schemas.base import Schema, Sent, Text
 from service.schemas.pulls import BadRow, PacsQuery
 
 ExportState = Literal["received", "queued", "running", "done", "failed", "cancelled"]
@@ -14,16 +14,14 @@ ExportSeriesState = Literal["waiting", "embedding", "embedded", "rejected", "fai
 Uri = Annotated[str, StringConstraints(min_length=1, max_length=12_000, pattern=r"^[^\x00]*$")]
 
 
-class ExportRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class ExportRequest(Sent):
     uri: Uri = Field(
         description="an absolute path or file: URI of a directory, zip or tar on the service's machine, "
         "s3://bucket/prefix, or dicomweb+https://host/path with a query"
     )
     query: PacsQuery | None = Field(None, description="what is pulled from a DICOMweb server")
     queries: str | None = Field(
-        None, max_length=10_000_000, description="several of them: CSV, the names of a query's fields as its header"
+        None, max_length=4_000_000, description="several of them: CSV, the names of a query's fields as its header"
     )
     encoder: Text | None = Field(None, description="name or id; the service's own where unset")
     dry_run: bool = Field(False, description="find the series, embed none")

@@ -5,16 +5,17 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from models.ct.reasons import UID
+from service.schemas.base import Sent
 
 # Text of a matching key: no backslash, which would begin another value, and no control characters (PS3.5 6.2).
 Key = Annotated[str, StringConstraints(strip_whitespace=True, max_length=64, pattern=r"^[^\x00-\x1f\x7f\\]*$")]
 Day = Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^(\d{8})?$")]
 
 
-class PacsQuery(BaseModel):
+class PacsQuery(Sent):
     """Series by what the PACS knows of them; what is empty does not narrow the search, and something must."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     patient_id: Key = Field("", description="PatientID; `*` and `?` are the PACS's wildcards")
     study_uid: Key = Field("", description="StudyInstanceUID")

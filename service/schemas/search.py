@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from service.schemas.base import Schema, Text
+from service.schemas.base import Schema, Sent, Text
 from service.schemas.series import SlicePosition
 
 Exclude = Literal["none", "series", "study", "patient"]
@@ -24,22 +24,21 @@ ManyTexts = Annotated[list[Text], Field(max_length=MOST_VALUES)]
 ManyTags = Annotated[list[Tag], Field(max_length=100)]
 SomeTexts = Annotated[ManyTexts, BeforeValidator(_listed, json_schema_input_type=Text | ManyTexts)]
 SomeTags = Annotated[ManyTags, BeforeValidator(_listed, json_schema_input_type=Tag | ManyTags)]
-SomeVerdicts = Annotated[list[Verdict], BeforeValidator(_listed, json_schema_input_type=Verdict | list[Verdict])]
+ManyVerdicts = Annotated[list[Verdict], Field(max_length=3)]
+SomeVerdicts = Annotated[ManyVerdicts, BeforeValidator(_listed, json_schema_input_type=Verdict | ManyVerdicts)]
 
 
-class Filters(BaseModel):
+class Filters(Sent):
     """What a series must be for its slices to be hits: of a list one must fit, and all filters together."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    series_uid: SomeTexts = []
-    study_uid: SomeTexts = []
-    patient_id: SomeTexts = []
-    modality: SomeTexts = []
-    body_part: SomeTexts = []
+    series_uid: SomeTexts = Field([])
+    study_uid: SomeTexts = Field([])
+    patient_id: SomeTexts = Field([])
+    modality: SomeTexts = Field([])
+    body_part: SomeTexts = Field([])
     manufacturer: SomeTexts = Field([], description="as the header has it")
     kernel: SomeTexts = Field([], description="as the header has it")
-    verdict: SomeVerdicts = []
+    verdict: SomeVerdicts = Field([])
     tags: SomeTags = Field([], description="all of them")
     spacing_from_mm: float | None = Field(None, ge=0, allow_inf_nan=False)
     spacing_to_mm: float | None = Field(None, ge=0, allow_inf_nan=False)
@@ -47,20 +46,16 @@ class Filters(BaseModel):
     date_to: Date | None = Field(None, description="StudyDate, YYYYMMDD")
 
 
-class SliceQuery(BaseModel):
+class SliceQuery(Sent):
     """A stored slice; the window may be left out where all of them count."""
-
-    model_config = ConfigDict(extra="forbid")
 
     series_uid: Text
     slice: int = Field(ge=0, le=2**31 - 1)
     window: Text | None = None
 
 
-class SearchOptions(BaseModel):
+class SearchOptions(Sent):
     """How to search, whatever is searched by."""
-
-    model_config = ConfigDict(extra="forbid")
 
     k: int = Field(10, ge=1)
     match: Literal["same", "any", "fused"] = Field(
@@ -81,7 +76,6 @@ class SearchRequest(SearchOptions):
     """Either a stored slice at a window, or several, or a vector and the encoder it is of."""
 
     model_config = ConfigDict(
-        extra="forbid",
         json_schema_extra={
             "examples": [{"series_uid": "1.2.3", "slice": 70, "window": "lung", "k": 5, "exclude": "patient"}]
         },
@@ -145,10 +139,10 @@ class SearchAnswer(Schema):
     note: str | None = Field(description="why not as usual")
 
 
-class SeriesSearchRequest(BaseModel):
+class SeriesSearchRequest(Sent):
     """Series like this one."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"series_uid": "1.2.3", "k": 5}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"series_uid": "1.2.3", "k": 5}]})
 
     series_uid: Text
     by: Literal["mean", "attention", "late"] = Field(
@@ -185,7 +179,5 @@ class SeriesSearchAnswer(Schema):
     compared: int = Field(description="series whose vectors were compared")
 
 
-class TagList(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class TagList(Sent):
     tags: list[Tag] = Field(max_length=100)
