@@ -30,9 +30,8 @@ EMBED_QUERY = "keyslice.embed_query"
 # Workers take from these in turn, so that what is in one waits for at most one message of each of the others.
 WORK = "keyslice"
 ASKED = "keyslice.asked"  # what somebody waits for while their request is open
-BEHIND = "keyslice.behind"  # series of senders of whom FAIR_SHARE wait in WORK: nobody else waits for all of them
-HEADS = "keyslice.heads"  # trainings, which take minutes each
-LANES = (WORK, ASKED, BEHIND, HEADS)
+BEHIND = "keyslice.behind"  # series of senders of whom FAIR_SHARE are queued already: nobody else waits for all of them
+LANES = (WORK, ASKED, BEHIND)
 FAIR_SHARE = 8  # series of one sender: a study, or what an export has on its way
 
 REWRITE_SECONDS = 30.0  # of the broker's append-only file
@@ -50,7 +49,7 @@ def celery_app(settings: Settings) -> Celery:
         task_serializer="json",
         task_default_queue=WORK,
         task_queues=[Messages(name, Exchange(name), routing_key=name) for name in LANES],  # type: ignore[no-untyped-call]
-        task_routes={HEAT_MAP: {"queue": ASKED}, EMBED_QUERY: {"queue": ASKED}, TRAIN_HEAD: {"queue": HEADS}},
+        task_routes={HEAT_MAP: {"queue": ASKED}, EMBED_QUERY: {"queue": ASKED}},
         task_ignore_result=True,
         task_acks_late=True,
         task_reject_on_worker_lost=True,
@@ -152,10 +151,10 @@ class Queue:
             raise BrokerDown(f"the broker does not answer: {type(error).__name__}") from error
 
     def depth(self) -> int:
-        """Messages that no worker has taken yet. Raises BrokerDown."""
+        """Messages that no worker has taken yet, without those of open requests. Raises BrokerDown."""
         try:
             with self._app.connection_for_read() as connection:
-                return sum(int(connection.default_channel.client.llen(name)) for name in (WORK, BEHIND, HEADS))
+                return sum(int(connection.default_channel.client.llen(name)) for name in (WORK, BEHIND))
         except (OperationalError, redis.RedisError, OSError) as error:
             raise BrokerDown(f"the broker does not answer: {type(error).__name__}") from error
 

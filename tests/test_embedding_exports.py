@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ from service.storage.contents import NotHeld
 from service.storage.files import ExportFile
 from service.storage.stores import Stores, open_stores
 from workers import exports as runs
-from workers.exports import ExportThreads, run_export
+from workers.background import Background
+from workers.exports import run_export, see_to_export
 
 ENCODER = "toy@0"
 
@@ -93,6 +95,13 @@ VERDICT = {"status": "accepted", "findings": [], "set_aside": [{"reason": "undec
 def begin(stores: Stores, folder: Path, **options) -> str:
     row, _ = stores.exports.add(file_uri(os.fsencode(folder)), ENCODER, {"dry_run": False} | options)
     return row.export_id
+
+
+def started(stores: Stores, settings: Settings, export_id: str) -> tuple[Background, threading.Event]:
+    """An export in a thread, and what tells it to end."""
+    threads, stopping = Background("export", 1), threading.Event()
+    threads.start(export_id, partial(see_to_export, export_id, stores, settings, stopping))
+    return threads, stopping
 
 
 def run(stores: Stores, settings: Settings, export_id: str) -> dict[str, tuple]:
@@ -321,14 +330,12 @@ def test_a_name_given_twice_by_a_changing_folder_is_recorded_once(own):
 
 def test_cancelling_ends_an_export_that_waits_for_its_series(own, settings, root):
     export_id = begin(own, root)
-    threads = ExportThreads(settings, own)
-    threads.start(export_id)
-    threads.start(export_id)
+    threads, _ = started(own, settings, export_id)
     while own.contents.states(export_id)["embedding"] < 2:
         time.sleep(0.02)
 
     own.catalog.cancel(own.exports.get(export_id).job_id)
-    threads.close()
+    threads.close(10)
 
     assert own.exports.get(export_id).state == "cancelled"
     assert own.contents.states(export_id) == {"cancelled": 2}
@@ -337,12 +344,12 @@ def test_cancelling_ends_an_export_that_waits_for_its_series(own, settings, root
 
 def test_a_worker_that_ends_hands_its_export_back(own, settings, root, embedder):
     export_id = begin(own, root)
-    threads = ExportThreads(settings, own)
-    threads.start(export_id)
+    threads, stopping = started(own, settings, export_id)
     while own.contents.states(export_id)["embedding"] < 2:
         time.sleep(0.02)
 
-    threads.close()
+    stopping.set()
+    threads.close(10)
 
     row = own.exports.get(export_id)
     assert (row.state, row.holder, row.attempts) == ("received", None, 0)
@@ -355,14 +362,14 @@ def test_a_bounded_number_of_series_waits_for_the_encoder(own, settings, tmp_pat
         put(tmp_path / "in", Identity(f"AHEAD-{number}"), count=1)
     settings = settings.model_copy(update={"export_series_ahead": 2})
     export_id = begin(own, tmp_path / "in")
-    threads = ExportThreads(settings, own)
-    threads.start(export_id)
+    threads, stopping = started(own, settings, export_id)
     while own.contents.states(export_id)["embedding"] < 2:
         time.sleep(0.02)
     time.sleep(2 * runs.POLL_SECONDS)
 
     assert own.contents.states(export_id) == {"embedding": 2, "waiting": 2}
-    threads.close()
+    stopping.set()
+    threads.close(10)
 
 
 class TestHttp:

@@ -17,7 +17,7 @@ from service.embedded import in_background
 from service.errors import QueueFull
 from service.queue import BEHIND, EMBED_SERIES, FAIR_SHARE, WORK, Queue
 from service.settings import Settings
-from service.storage.catalog import Arrival, Quiet
+from service.storage.catalog import LOST_AT_ONCE, Arrival, Quiet
 from service.storage.keys import EmbeddingKey
 from service.storage.stores import Stores
 
@@ -70,6 +70,30 @@ def test_what_the_broker_lost_is_sent_in_the_same_turns(stores, queue, asked):
     queue.sweep()
 
     assert (asked(WORK), asked(BEHIND)) == (FAIR_SHARE + 2, 20 - FAIR_SHARE)
+
+
+def test_of_more_than_are_sent_again_at_once_there_are_some_of_every_sender(stores, queue, asked):
+    arrive(stores, "key:many", LOST_AT_ONCE + 5)
+    arrive(stores, "key:few", 2)
+
+    queue.sweep()
+
+    assert asked(WORK) + asked(BEHIND) == LOST_AT_ONCE
+    assert asked(WORK) == FAIR_SHARE + 2
+
+
+def test_series_that_still_come_slice_by_slice_are_before_nobody(stores, queue, asked):
+    coming = []
+    for number in range(20):
+        archive(stores, f"1.2.{number}", "1")
+        coming.append(Arrival(f"1.2.{number}", study_uid="1.2", patient_id="P1", sender="aet:CT1"))
+    stores.catalog.collect(coming[:17], ENCODER, Quiet(600.0, 600.0))
+    stores.catalog.collect(coming[17:], ENCODER, Quiet(0.0, 600.0))
+
+    queue.sweep()
+
+    assert (asked(WORK), asked(BEHIND)) == (3, 0)
+    assert stores.catalog.backlog("aet:CT1", 100) == 20
 
 
 def test_what_a_worker_has_taken_or_given_up_waits_no_more(stores, queue, asked):
@@ -125,6 +149,24 @@ def test_more_series_than_may_wait_are_refused_and_leave_nothing(tmp_path):
         assert http.get(f"/v1/series/{second.series_uid}").status_code == 404
     assert not [*(tmp_path / "staging").iterdir()]
     assert not [*(tmp_path / "archive").rglob(f"*{second.series_uid}*")]
+
+
+def test_trainings_leave_the_worker_to_the_series(tmp_path):
+    options = {"epochs": "10000", "patience": "10000", "folds": "2", "batch_size": "2"}
+    with in_background(tmp_path) as running, httpx.Client(base_url=running.address, timeout=120) as http:
+        for number in range(4):
+            wait(http, post(http, slice_files(Identity(f"P{number}"), count=2)).raise_for_status().json()["job_id"])
+        labels = "patient_id,bright\n" + "".join(f"P{number},{number % 2}\n" for number in range(4))
+        trainings = [
+            http.post("/v1/heads", files={"labels": labels}, data=options).raise_for_status().json()["job_id"]
+            for _ in range(3)
+        ]
+        job = post(http, slice_files(Identity("LATER"))).raise_for_status().json()["job_id"]
+
+        assert wait(http, job)["state"] == "done"
+        assert {http.get(f"/v1/jobs/{each}").json()["state"] for each in trainings} <= {"waiting", "running"}
+        for each in trainings:
+            http.post(f"/v1/jobs/{each}/cancel").raise_for_status()
 
 
 def test_one_series_of_one_key_is_done_long_before_the_many_of_another(tmp_path):

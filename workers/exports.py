@@ -37,50 +37,18 @@ from workers.sources import NotFetched, Source, Tree, in_threads
 
 POLL_SECONDS = 0.25  # between two looks at the series that are being embedded
 ROOM_SECONDS = 2.0  # between two looks at a disk that is too full
-CLOSE_SECONDS = 10.0  # for an export to hand itself back when its worker ends
-
-EXPORTS_AT_ONCE = 4  # one of a whole PACS takes days: somebody else's small one does not wait for it
-
 PAUSED = "waiting for room on the disk"
 
 log = logging.getLogger(__name__)
 
 
-class ExportThreads:
-    """The exports of a worker process, a few at a time, each in a thread of its own.
-
-    Not in the task that brought it: an export waits for embeddings, and would hold the thread they need.
-    """
-
-    def __init__(self, settings: Settings, stores: Stores) -> None:
-        self._settings, self._stores = settings, stores
-        self._few = threading.BoundedSemaphore(EXPORTS_AT_ONCE)
-        self._stopping = threading.Event()
-        self._threads: dict[str, threading.Thread] = {}
-
-    def start(self, export_id: str) -> None:
-        """See to an export, unless this process does already."""
-        running = self._threads.get(export_id)
-        if running is None or not running.is_alive():
-            thread = threading.Thread(target=self._run, args=(export_id,), name="export", daemon=True)
-            self._threads[export_id] = thread
-            thread.start()
-
-    def close(self) -> None:
-        self._stopping.set()
-        for thread in [*self._threads.values()]:
-            thread.join(CLOSE_SECONDS)
-
-    def _run(self, export_id: str) -> None:
-        queue = Queue(self._settings, self._stores)
-        try:
-            with self._few:
-                run_export(export_id, self._stores, self._settings, queue, self._stopping)
-        except Exception as error:  # a catalog that is away: the sweep finds the export again
-            log.error("export %s: %s", export_id, type(error).__name__)
-        finally:
-            queue.close()
-            self._threads.pop(export_id, None)
+def see_to_export(export_id: str, stores: Stores, settings: Settings, stopping: threading.Event) -> None:
+    """run_export() with a queue of its own: Celery's connections are one thread's."""
+    queue = Queue(settings, stores)
+    try:
+        run_export(export_id, stores, settings, queue, stopping)
+    finally:
+        queue.close()
 
 
 def run_export(

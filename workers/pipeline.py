@@ -137,13 +137,10 @@ def _let_go(key: EmbeddingKey, worker: Resources) -> None:
 
 
 def train_head(head_id: str, worker: Resources) -> None:
-    """Train a head on the bags its labels name, and store it whole. One at a time in a process."""
-    with worker.training:
-        _train_head(head_id, worker)
-
-
-def _train_head(head_id: str, worker: Resources) -> None:
+    """Train a head on the bags its labels name, and store it whole."""
     heads = worker.stores.heads
+    if worker.stopping.is_set():
+        return
     if not heads.claim(head_id, worker.holder, worker.settings.stale_seconds, worker.settings.max_attempts):
         return
     row = heads.get(head_id)
@@ -155,7 +152,8 @@ def _train_head(head_id: str, worker: Resources) -> None:
 
     try:
         spec = encoders(worker.settings.weights_path)[row.encoder_id.partition("@")[0]]
-        trained = _fit(row, worker, _throttled(note))
+        with worker.random_numbers:
+            trained = _fit(row, worker, _throttled(note))
         graph = to_onnx(trained.ensemble, spec.dim)
     except NotWanted:
         return
@@ -163,11 +161,13 @@ def _train_head(head_id: str, worker: Resources) -> None:
         heads.fail(head_id, str(error))
         return
     except (OSError, OperationalError) as error:
+        log.warning("head %s: %s, to be tried again", head_id, type(error).__name__)
         heads.release(head_id, type(error).__name__, counted=not isinstance(error, NO_FAULT))
-        raise
+        return
     except Exception as error:  # nothing may leave a head in training for ever
+        log.error("head %s: %s", head_id, type(error).__name__)
         heads.fail(head_id, f"{type(error).__name__} while training")
-        raise
+        return
     report = completed(trained.report, row, [window.name for window in spec.windows])
     heads.commit(head_id, to_safetensors(trained.ensemble), graph, report)
 

@@ -15,10 +15,13 @@ from models.specs import EncoderSpec, WrongWeights, check_licence
 from models.zoo import encoders
 from service.settings import Settings
 from service.storage.stores import Stores, open_stores
-from workers.exports import ExportThreads
+from workers.background import Background
 
 # Far longer than any slice, or the volume of any series, takes to prepare.
 SLICE_SECONDS, VOLUME_SECONDS = 20.0, 900.0
+
+EXPORTS_AT_ONCE = 4  # one of a whole PACS takes days: somebody else's small one does not wait for it
+CLOSE_SECONDS = 5.0  # for exports, and for a training, to hand themselves back when the process ends
 
 
 class Resources:
@@ -27,9 +30,10 @@ class Resources:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.stores: Stores = open_stores(settings)
-        self.exports = ExportThreads(settings, self.stores)
         self.stopping = threading.Event()  # the process was told to end: what it has in hand goes back
-        self.training = threading.Lock()  # torch's random numbers are the process's: one head at a time
+        self.exports = Background("export", EXPORTS_AT_ONCE)
+        self.trainings = Background("training", 1)
+        self.random_numbers = threading.Lock()  # torch's are the process's: one head at a time
         self._lines: dict[str, Line] = {}
         self._loading = threading.Lock()
 
@@ -59,14 +63,16 @@ class Resources:
         return self.settings.own_encoder_id()
 
     def close(self) -> None:
-        self.exports.close()
+        self.stopping.set()
+        self.exports.close(CLOSE_SECONDS)
+        self.trainings.close(CLOSE_SECONDS)
         for line in self._lines.values():
             line.close()
         self.stores.close()
 
     def _open(self, spec: EncoderSpec) -> Line:
         check_licence(spec, self.settings.noncommercial)
-        with self.training:  # a new network draws its first weights from the same random numbers
+        with self.random_numbers:  # a new network draws its first weights from the same random numbers
             encoder = load_encoder(spec, self.settings.weights_path)
         volume, (window, *_) = spec.volume, spec.windows
         if volume:

@@ -1,5 +1,6 @@
 """One thin task per verb. What they call is imported when they run, so that naming a task loads no torch."""
 
+from functools import partial
 from typing import Any
 
 from celery import shared_task
@@ -50,18 +51,21 @@ def keep_index() -> None:
     indexing.keep_index(worker.stores, worker.settings, worker.holder)
 
 
-@shared_task(name=TRAIN_HEAD, **RETRIED)
+@shared_task(name=TRAIN_HEAD)
 def train_head(head_id: str) -> None:
     from workers import pipeline, resources
 
-    pipeline.train_head(head_id, resources.resources())
+    worker = resources.resources()
+    worker.trainings.start(head_id, partial(pipeline.train_head, head_id, worker))
 
 
 @shared_task(name=RUN_EXPORT)
 def run_export(export_id: str) -> None:
-    from workers import resources
+    from workers import exports, resources
 
-    resources.resources().exports.start(export_id)
+    worker = resources.resources()
+    see_to = partial(exports.see_to_export, export_id, worker.stores, worker.settings, worker.stopping)
+    worker.exports.start(export_id, see_to)
 
 
 @shared_task(name=CHECK_CANARY)

@@ -39,6 +39,7 @@ from service.storage.tables import (
 )
 
 WAITING = ("received", "queued")
+LOST_AT_ONCE = 1000  # of embeddings; the next look finds the next
 OPEN = (*WAITING, "embedding")
 CANCELLED = "cancelled on request"
 
@@ -148,12 +149,13 @@ class Catalog:
             return _backlog(session, sender, most)
 
     def behind(self, keys: Sequence[EmbeddingKey], share: int) -> set[EmbeddingKey]:
-        """Those of the embeddings before which `share` others of the same sender wait already."""
+        """Those of the embeddings before which `share` others of the same sender are queued already."""
         behind: set[EmbeddingKey] = set()
         with self._database.read() as session:
             for sender, asked in _by_sender(session, keys).items():
-                others = _backlog(session, sender, share + len(asked)) - len(asked)
-                behind.update(asked[max(0, share - others) :])
+                again = sum(row.state == "queued" for row in asked)  # the sweep has said so before it sends
+                others = _backlog(session, sender, share + again, ("queued",)) - again
+                behind.update(EmbeddingKey(row.series_uid, row.encoder_id) for row in asked[max(0, share - others) :])
         return behind
 
     def sent(self, keys: Sequence[EmbeddingKey]) -> None:
@@ -165,16 +167,17 @@ class Catalog:
 
     def lost(self, stale_seconds: float, queue_is_empty: bool) -> list[EmbeddingKey]:
         """Embeddings that nobody else sends a message for: their worker fell silent, their message is gone, or their
-        series came slice by slice and is whole now. They are waiting again."""
+        series came slice by slice and is whole now. They are waiting again: so many, and some of every sender."""
         stale = EmbeddingRow.touched_at < now() - timedelta(seconds=stale_seconds)
         silent = and_(EmbeddingRow.state == "embedding", stale)
         gone = EmbeddingRow.state.in_(WAITING) if queue_is_empty else EmbeddingRow.state == "received"
         collected = and_(EmbeddingRow.state == "received", SeriesRow.collecting_since.is_not(None))
         whole = SeriesRow.whole_at <= now()
         due = or_(silent, and_(gone, stale, whole), and_(collected, whole))
+        turn = func.row_number().over(partition_by=EmbeddingRow.sender, order_by=EmbeddingRow.touched_at)
         query = select(EmbeddingRow).join(SeriesRow, SeriesRow.series_uid == EmbeddingRow.series_uid).where(due)
         with self._database.write() as session:
-            rows = session.scalars(query.limit(1000)).all()
+            rows = session.scalars(query.order_by(turn).limit(LOST_AT_ONCE)).all()
             for row in rows:
                 row.state, row.holder, row.touched_at = "queued", None, now()
             return [EmbeddingKey(row.series_uid, row.encoder_id) for row in rows]
@@ -425,20 +428,22 @@ def _wait_for_more(series: SeriesRow, quiet: Quiet | None) -> None:
     series.whole_at = min(moment + timedelta(seconds=quiet.seconds), limit)
 
 
-def _backlog(session: Session, sender: str, most: int) -> int:
-    waiting = select(EmbeddingRow.series_uid).where(EmbeddingRow.state.in_(WAITING), EmbeddingRow.sender == sender)
+def _backlog(session: Session, sender: str, most: int, states: Sequence[str] = WAITING) -> int:
+    waiting = select(EmbeddingRow.series_uid).where(EmbeddingRow.state.in_(states), EmbeddingRow.sender == sender)
     return session.scalar(select(func.count()).select_from(waiting.limit(most).subquery())) or 0
 
 
-def _by_sender(session: Session, keys: Sequence[EmbeddingKey]) -> dict[str, list[EmbeddingKey]]:
-    """In the order of the keys."""
-    query, senders = select(EmbeddingRow.series_uid, EmbeddingRow.encoder_id, EmbeddingRow.sender), {}
+def _by_sender(session: Session, keys: Sequence[EmbeddingKey]) -> dict[str, list[EmbeddingRow]]:
+    """Their rows, in the order of the keys."""
+    rows: dict[tuple[str, str], EmbeddingRow] = {}
     for start in range(0, len(keys), 500):  # SQLite takes a limited number of parameters
-        part = query.where(EmbeddingRow.series_uid.in_({key.series_uid for key in keys[start : start + 500]}))
-        senders.update({EmbeddingKey(uid, encoder_id): sender for uid, encoder_id, sender in session.execute(part)})
-    groups: dict[str, list[EmbeddingKey]] = defaultdict(list)
+        uids = {key.series_uid for key in keys[start : start + 500]}
+        found = session.scalars(select(EmbeddingRow).where(EmbeddingRow.series_uid.in_(uids)))
+        rows.update({(row.series_uid, row.encoder_id): row for row in found})
+    groups: dict[str, list[EmbeddingRow]] = defaultdict(list)
     for key in keys:
-        groups[senders.get(key, "")].append(key)
+        if row := rows.get((key.series_uid, key.encoder_id)):
+            groups[row.sender].append(row)
     return groups
 
 

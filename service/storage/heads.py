@@ -97,11 +97,13 @@ class Heads:
             return versions[head_id]
 
     def release(self, head_id: str, error: str, *, counted: bool = True) -> None:
-        """Hand a head's training back, to be tried again; where the attempt does not count, without end."""
+        """Hand a head's training back: the sweep sends for it again; where the attempt does not count, without end."""
         attempts = HeadRow.attempts - (0 if counted else 1)
         with self._database.write() as session:
             rows = update(HeadRow).where(HeadRow.head_id == head_id, HeadRow.state == "training")
-            session.execute(rows.values(state="queued", holder=None, error=error, touched_at=now(), attempts=attempts))
+            session.execute(
+                rows.values(state="received", holder=None, error=error, touched_at=now(), attempts=attempts)
+            )
 
     def fail(self, head_id: str, error: str) -> None:
         with self._database.write() as session:

@@ -134,7 +134,7 @@ class EmbeddingRow(Work, Row):
 
     series_uid: Mapped[str] = mapped_column(ForeignKey(SeriesRow.series_uid), primary_key=True)
     encoder_id: Mapped[str] = mapped_column(primary_key=True)
-    sender: Mapped[str] = mapped_column(default="")  # who last asked for it, as the audit names them
+    sender: Mapped[str] = mapped_column(default="")  # who asked for the work that is open, as the audit names them
     content: Mapped[str | None]  # of the bag that counts
     slices: Mapped[int | None]
     embedded_at: Mapped[datetime | None]
@@ -148,6 +148,7 @@ class EmbeddingRow(Work, Row):
 
     __table_args__ = (
         Index("ix_embeddings_encoder_state", "encoder_id", "state"),
+        Index("ix_embeddings_sender_state", "sender", "state"),
         Index(
             "ix_embeddings_measured",
             "encoder_id",
