@@ -27,9 +27,9 @@ USER keyslice
 WORKDIR /opt/keyslice
 VOLUME /data
 EXPOSE 8000
-# Says what CMD does, so that the API refuses to start without a key.
+# Beyond loopback, so that the API refuses to start without a key.
 ENV KEYSLICE_HOST=0.0.0.0
-CMD ["uvicorn", "--factory", "service.app:create_app", "--host", "0.0.0.0", "--port", "8000", "--no-access-log", "--timeout-keep-alive", "75"]
+CMD ["keyslice", "serve"]
 
 FROM base AS cuda
 COPY --from=build-cuda /opt/venv /opt/venv

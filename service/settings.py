@@ -77,7 +77,9 @@ class Settings(BaseSettings):
     )
     scan_processes: int = Field(2, ge=1, description="processes of a worker that read the headers of an export")
     export_series_ahead: int = Field(
-        8, ge=1, description="series of an export that wait for the encoder or are in it; other work is queued behind"
+        8,
+        ge=1,
+        description="series of an export that wait for the encoder or are in it; the others of it are not queued yet",
     )
     max_body_bytes: int = Field(8 * 2**20, gt=0, description="bytes of a request that brings no file")
     max_labels_bytes: int = Field(32 * 2**20, gt=0, description="bytes of a labels table")

@@ -74,8 +74,10 @@ def empty_schema() -> Iterator[str]:
     schema = f"keyslice_{uuid4().hex[:12]}"
     with connection:
         connection.exec_driver_sql(f"CREATE SCHEMA {schema}")
-        yield f"{POSTGRES_URL}?options=-csearch_path%3D{schema}"
-        connection.exec_driver_sql(f"DROP SCHEMA {schema} CASCADE")
+        try:
+            yield f"{POSTGRES_URL}?options=-csearch_path%3D{schema}"
+        finally:
+            connection.exec_driver_sql(f"DROP SCHEMA {schema} CASCADE")
     engine.dispose()
 
 
@@ -140,11 +142,13 @@ def on_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         missing("the database of KEYSLICE_TEST_REDIS_URL is not empty")
     servers = {"KEYSLICE_BROKER_URL": REDIS_URL, "KEYSLICE_SWEEP_SECONDS": "1"}
     folder = tmp_path_factory.mktemp("on_servers")
-    with empty_schema() as url, in_background(folder, KEYSLICE_DATABASE_URL=url, **servers) as running:
-        yield running
-        assert broker.dbsize() and not (folder / "catalog.db").exists() and not (folder / "broker").exists()
-    broker.flushdb()
-    broker.close()
+    try:
+        with empty_schema() as url, in_background(folder, KEYSLICE_DATABASE_URL=url, **servers) as running:
+            yield running
+            assert broker.dbsize() and not (folder / "catalog.db").exists() and not (folder / "broker").exists()
+    finally:
+        broker.flushdb()
+        broker.close()
 
 
 @pytest.fixture(scope="session")

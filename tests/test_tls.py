@@ -26,7 +26,7 @@ from service.settings import Settings
 
 HOST = "keyslice.example"
 AROUND = """
-daemon off; pid {folder}/pid; error_log {folder}/error.log crit;
+daemon off; pid {folder}/pid; error_log {folder}/error.log;
 events {{}}
 http {{
     client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
@@ -60,7 +60,12 @@ def place(tmp_path_factory) -> Iterator[tuple[httpx.Client, ssl.SSLContext]]:
     _, key = keys_of(Settings(data_dir=folder / "data")).create("here", ["read", "write"], None)
     trusting, port = ssl.create_default_context(cafile=certify(folder)), free_port("127.0.0.1", 0)
     with in_background(folder / "data", KEYSLICE_PUBLIC_URL=f"https://{HOST}") as running:
-        places = {"443": f"127.0.0.1:{port}", "/etc/nginx": str(folder), "http://127.0.0.1:8000": running.address}
+        places = {
+            "443": f"127.0.0.1:{port}",
+            "/etc/nginx": str(folder),
+            "/var/log/nginx": str(folder),
+            "http://127.0.0.1:8000": running.address,
+        }
         for written, ours in places.items():
             assert written in server
             server = server.replace(written, ours, 1 if written == "443" else -1)

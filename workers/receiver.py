@@ -178,10 +178,6 @@ class Receiver:
         except (OSError, DBAPIError) as error:  # a disk or catalog that is away; the sender may try again
             log.error("not kept: %s", type(error).__name__)
             status, comment = OUT_OF_RESOURCES, "the store is away, send it again later"
-        except BeingErased:
-            status, comment = OUT_OF_RESOURCES, "the series is being erased, send it again later"
-        except QueueFull:
-            status, comment = OUT_OF_RESOURCES, "as many series wait as may, send it again later"
         except Exception as error:  # a message may hold what the file held
             log.error("not kept: %s", type(error).__name__)
             status, comment = PROCESSING_FAILURE, f"{type(error).__name__} while storing"
@@ -200,7 +196,12 @@ class Receiver:
         if _named_otherwise(path, str(event.request.AffectedSOPInstanceUID)):  # type: ignore[union-attr]
             return DOES_NOT_MATCH, OTHERWISE
         sender = f"aet:{event.assoc.requestor.ae_title}"
-        intake = collect([StagedFile(path, "")], settings.own_encoder_id(), self._stores, settings, sender)
+        try:
+            intake = collect([StagedFile(path, "")], settings.own_encoder_id(), self._stores, settings, sender)
+        except BeingErased:
+            return OUT_OF_RESOURCES, "the series is being erased, send it again later"
+        except QueueFull:
+            return OUT_OF_RESOURCES, "as many series wait as may, send it again later"
         for aside in [*intake.set_aside, *(each for series in intake.series for each in series.set_aside)]:
             return _refusal(aside)
         for series in intake.series:

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from fastapi import APIRouter, Response
 from sqlalchemy.exc import SQLAlchemyError
 
+from models.modes import COSINE
 from service.deps import QueueDep, SettingsDep, StoresDep
 from service.errors import BrokerDown
 from service.schemas.health import Health, Readiness
@@ -12,7 +13,6 @@ from service.storage.tables import now
 
 router = APIRouter(tags=["health"])
 
-MIN_CANARY_COSINE = 0.999
 VERSION = version("keyslice")  # looked up among all installed packages: once
 
 
@@ -38,7 +38,7 @@ def readyz(response: Response, stores: StoresDep, queue: QueueDep, settings: Set
     bags = stores.bags.answers()
     times = [when for when in (last, canary and canary[0]) if when is not None]
     ago = (now() - max(times)).total_seconds() if times else None
-    ready = catalog and broker and bags and canary is not None and canary[1] >= MIN_CANARY_COSINE
+    ready = catalog and broker and bags and canary is not None and canary[1] >= COSINE[settings.mode]
     ready = ready and ago is not None and ago < settings.ready_seconds
     response.status_code = 200 if ready else 503
     return Readiness(

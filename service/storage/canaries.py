@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from service.storage.database import Database
@@ -40,10 +40,10 @@ class Canaries:
         return None if row is None else np.frombuffer(row.reference, dtype=np.float32)
 
     def last(self) -> tuple[datetime, float] | None:
-        """When any worker last embedded its canary, and the lowest cosine among encoders."""
+        """When any worker last embedded its canary, and its cosine to the first."""
         with self._database.read() as session:
-            when, cosine = session.execute(select(func.max(CanaryRow.checked_at), func.min(CanaryRow.cosine))).one()
-        return None if when is None else (when, cosine)
+            row = session.scalar(select(CanaryRow).order_by(CanaryRow.checked_at.desc()).limit(1))
+        return (row.checked_at, row.cosine) if row else None
 
     def cosines(self) -> dict[str, float]:
         """The last one of each encoder."""

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from service.errors import ExportNotFound
 from service.storage.database import Database
 from service.storage.tables import ExportFileRow, ExportRow, ExportSeriesRow, JobRow, now
-from service.storage.work import MOST_WAITING, lost, require_turn, taken_on
+from service.storage.work import MOST_WAITING, lost, require_room, taken_on
 
 ERASED = "erased:"  # instead of a URI
 OPEN = ("received", "queued", "running")
@@ -33,7 +33,7 @@ class Exports:
                     if row.state == "failed":
                         row.state, row.attempts, row.error, row.ended_at = "received", 0, None, None
                     return row, True
-            require_turn(session, ExportRow, MOST_WAITING)
+            require_room(session, ExportRow, MOST_WAITING)
             job_id = uuid.uuid4().hex
             session.add(JobRow(job_id=job_id))
             session.flush()

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, undefer
 from service.errors import HeadNotFound, HeadNotReady
 from service.storage.database import Database
 from service.storage.tables import HeadNetworkRow, HeadRow, JobRow, now
-from service.storage.work import MOST_WAITING, lost, require_turn, taken_on
+from service.storage.work import MOST_WAITING, lost, require_room, taken_on
 
 
 class Heads:
@@ -40,7 +40,7 @@ class Heads:
     def _add(self, head_id: str, name: str, head: dict[str, Any]) -> str:
         job_id = uuid.uuid4().hex
         with self._database.write() as session:
-            require_turn(session, HeadRow, MOST_WAITING)
+            require_room(session, HeadRow, MOST_WAITING)
             last = session.scalar(select(func.max(HeadRow.version)).where(HeadRow.name == name)) or 0
             row = HeadRow(head_id=head_id, name=name, version=last + 1, **head)
             row.state = "received"

@@ -224,12 +224,6 @@ class SliceIndex:
         with self._readable(name):
             self._open(name).create_index("vector", config=IvfRq(distance_type="cosine"))
 
-    def unindexed(self, name: str) -> int | None:
-        """Rows that are not in the ANN index, which every search reads one by one; None without an index."""
-        with self._readable(name):
-            found = self._open(name).index_stats("vector_idx")
-            return found.num_unindexed_rows if found else None
-
     def tidy(self, name: str) -> None:
         """Where it pays, merge small fragments, take new rows into the indexes, drop versions that nobody reads."""
         with self._readable(name):

@@ -84,13 +84,6 @@ class Indexes:
             mine = query.where(EmbeddingRow.encoder_id == encoder_id, EmbeddingRow.content.is_not(None))
             return {uid: content or "" for uid, content in session.execute(mine.order_by(EmbeddingRow.series_uid))}
 
-    def indexed_contents(self, encoder_id: str) -> dict[str, str]:
-        """The content of every series' bag whose rows are in the table."""
-        mine = and_(EmbeddingRow.encoder_id == encoder_id, EmbeddingRow.indexed_content.is_not(None))
-        with self._database.read() as session:
-            found = session.execute(select(EmbeddingRow.series_uid, EmbeddingRow.indexed_content).where(mine))
-            return {uid: content or "" for uid, content in found}
-
     def expected(self, encoder_id: str) -> dict[str, int]:
         """How many rows of each series the table holds."""
         query = select(EmbeddingRow.series_uid, EmbeddingRow.indexed_rows)

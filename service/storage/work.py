@@ -38,7 +38,7 @@ def lost(session: Session, kind: type[Kind], running: str, stale_seconds: float,
     return rows
 
 
-def require_turn(session: Session, kind: type[HeadRow] | type[ExportRow], most: int) -> None:
+def require_room(session: Session, kind: type[HeadRow] | type[ExportRow], most: int) -> None:
     """Raises QueueFull where as many of the kind wait for a worker as may."""
     waiting = session.scalar(select(func.count()).select_from(kind).where(kind.state.in_(("received", "queued")))) or 0
     if waiting >= most:
