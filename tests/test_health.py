@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from searching import ENCODER, Made, embed_made, random_bag
+from serving import settings_of
 from sqlalchemy import update
+from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from models.health import LEAST, SLICES, BagHealth, bag_health, drift, effective_rank
+from service.app import create_app
 from service.checking import index_stats
 from service.cli import app
 from service.drift import embedding_health
@@ -190,6 +193,29 @@ def test_the_canarys_lowest_cosine_of_each_day_is_kept_for_a_while(stores, monke
 
     kept = [(day + timedelta(days=number)).strftime("%Y-%m-%d") for number in range(0, 500, 100)]
     assert found == [(each, pytest.approx(1 / math.sqrt(2)), 3) for each in kept]
+
+
+@pytest.mark.parametrize(("mode", "degrees", "status"), [("exact", 0.02, 200), ("exact", 0.4, 503), ("bulk", 0.4, 200)])
+def test_a_service_is_ready_while_its_canary_is_within_the_bound_of_its_mode(tmp_path, broker, mode, degrees, status):
+    opened = open_stores(Settings(data_dir=tmp_path))
+    for angle in (0.0, 20.0):  # of an encoder that is no longer in use
+        opened.canaries.record("former@0123456789ab", turned(angle))
+    for angle in (0.0, degrees):
+        opened.canaries.record(ENCODER, turned(angle))
+    opened.close()
+
+    served = create_app(settings_of(tmp_path, broker_url=broker, mode=mode))
+    with TestClient(served, client=("127.0.0.1", 1), base_url="http://127.0.0.1:8000") as http:
+        ready = http.get("/readyz")
+
+    assert (ready.status_code, ready.json()["canary_cosine"]) == (
+        status,
+        pytest.approx(math.cos(math.radians(degrees))),
+    )
+
+
+def turned(degrees):
+    return np.array([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))], np.float32)
 
 
 def test_the_command_shows_drift_and_canary(tmp_path, monkeypatch):

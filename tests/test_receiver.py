@@ -342,6 +342,7 @@ def test_more_series_than_may_wait_are_sent_again_later_and_one_that_has_begun_i
     assert answers[1].ErrorComment == "as many series wait as may, send it again later"
     assert plain_stores.catalog.series(Identity("BEGUN").series_uid).received == 2
     assert not plain_stores.catalog.has(Identity("NEW").series_uid)
+    assert {json.loads(row.entry)["outcome"] for row in plain_stores.audit.list()} == {"done", "refused"}
     assert left_behind(settings) == []
 
 
