@@ -1,6 +1,10 @@
 """The figures of fidelity against slow loops, and a whole small run on synthetic patients."""
 
 import json
+import os
+import signal
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, product
@@ -14,6 +18,7 @@ from bench.bags import Ground, kept_bags, make_bags
 from bench.embeddings import Embeddings
 from bench.entries import Entry, Histogram
 from bench.fidelity import summary
+from bench.folds import train_fold
 from bench.intervals import auroc, mean, ratio
 from bench.material import Material, Plan, dealt
 from bench.measure import Measured, Rows, kept_measures, measure, name_of
@@ -21,8 +26,9 @@ from bench.patients import Series, Single
 from bench.pooling import chance_of_hit, hit, mass_over_uniform, rank
 from bench.probe import STRENGTHS, probe_scores
 from bench.regions import Axis, lung_axis, region_errors
-from models.ct.phantom import chest
+from models.ct.phantom import Identity, chest, write_series
 from models.ct.slices import encoder_input
+from models.exported import exported
 
 
 def test_auroc_counts_pairs_of_one_run_only():
@@ -134,6 +140,26 @@ def test_patients_are_dealt_into_folds_once():
     )
     assert not any({"lidc-a", "lidc-b"} <= fold for fold in folds)
     assert [len(fold) for fold in folds] == [6, 5, 5]
+
+
+SMALL = """
+[[data.sources]]
+kind = "archive"
+path = "ct"
+[encoder]
+base = "test_mambaout"
+start = "random"
+[views]
+size = 64
+[objectives]
+planting = 1
+[run]
+output = "run"
+steps = 40
+batch = 2
+workers = 0
+checkpoint_every = 2
+"""
 
 
 def patient(number: int) -> Series:
@@ -256,6 +282,30 @@ def test_a_whole_run_asks_for_encoders_that_never_saw_the_patients(series, plans
     assert figures["contrast_auroc"] > 0.9
     assert figures["region_error_mm"] < figures["chance_region_error_mm"]
     assert json.loads(json.dumps(figures)) == figures
+
+
+def test_a_training_that_is_stopped_makes_no_encoder_and_goes_on_where_it_was(tmp_path):
+    config, seen = tmp_path / "small.toml", chest(seed=0, lesion=False, slices=6, size=64)
+    config.write_text(SMALL)
+    for patient in ("seen", "held out"):
+        write_series(tmp_path / "unpacked" / patient, seen.hu, seen.spacing_mm, Identity(patient))
+
+    def stop_after_the_first_steps():
+        while not [*(tmp_path / "runs").rglob("*.pt")]:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop_after_the_first_steps)
+    stopper.start()
+    with pytest.raises(KeyboardInterrupt):
+        train_fold(config, frozenset(["held out"]), tmp_path)
+    stopper.join()
+    assert exported(tmp_path / "weights") == {}
+
+    spec = train_fold(config, frozenset(["held out"]), tmp_path)
+
+    assert exported(tmp_path / "weights") == {spec.name: spec}
+    assert "40 steps" in (tmp_path / "weights" / spec.name / "MODEL_CARD.md").read_text()
 
 
 def test_what_was_measured_is_not_measured_again_unless_something_that_decides_it_is_another(tmp_path):
