@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 from typing import Any, TypedDict
 
@@ -80,6 +80,27 @@ STATUSES: dict[type[errors.KeysliceError], int] = {
     errors.WorkersBusy: 503,
 }
 
+ROUTERS = (
+    series,
+    dicomweb,
+    wado,
+    erasures,
+    embeddings,
+    features,
+    predictions,
+    explanations,
+    dicom,
+    search,
+    exports,
+    heads,
+    reports,
+    jobs,
+    encoders,
+    health,
+    metrics,
+    page,
+)
+
 PROBLEM = "application/problem+json"
 INVALID = "invalid-request", "The request does not match the schema"
 MOST_ERRORS = 20  # of one request that are told
@@ -103,6 +124,47 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     logs.set_up(settings)
     registry = CollectorRegistry()
+
+    app = FastAPI(
+        title="Keyslice",
+        summary="An embedding feature store for CT",
+        description="Research use only; not a medical device.",
+        version=version("keyslice"),
+        lifespan=_lifespan(settings, registry),
+        redirect_slashes=False,
+        telemetry={"tracing": False, "logs": False},  # they have paths, which name patients; see service/traces.py
+        responses={
+            "4XX": {"description": "What was found and what was expected", "content": {PROBLEM: PROBLEM_CONTENT}}
+        },
+    )
+    for router in ROUTERS:
+        app.include_router(router.router)
+    app.state.metrics = registry
+    app.add_middleware(Bounded, settings=settings)
+    app.add_middleware(Timely, seconds=settings.max_upload_seconds, silent_seconds=settings.upload_silent_seconds)
+    app.add_middleware(Audited)
+    app.add_middleware(Authenticated, refuse=_on_error)
+    app.add_middleware(Timed, registry=registry)
+    app.add_middleware(Logged)
+    if traces.set_up("api"):
+        app.add_middleware(Traced)
+    if origins := [each.strip() for each in settings.cors_origins.split(",") if each.strip()]:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_exception_handler(errors.KeysliceError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(OSError, _on_full_disk)
+    app.add_exception_handler(OperationalError, _on_full_disk)
+    app.add_exception_handler(Exception, _on_bug)
+    _publish_problems(app)
+    return app
+
+
+def _lifespan(
+    settings: Settings, registry: CollectorRegistry
+) -> Callable[[FastAPI], AbstractAsyncContextManager[State]]:
+    """What requests share, open while the app runs, and the sweeps beside them."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[State]:
@@ -129,60 +191,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         await run_in_threadpool(recorder.close)
         stores.close()
 
-    app = FastAPI(
-        title="Keyslice",
-        summary="An embedding feature store for CT",
-        description="Research use only; not a medical device.",
-        version=version("keyslice"),
-        lifespan=lifespan,
-        redirect_slashes=False,
-        telemetry={"tracing": False, "logs": False},  # they have paths, which name patients; see service/traces.py
-        responses={
-            "4XX": {"description": "What was found and what was expected", "content": {PROBLEM: PROBLEM_CONTENT}}
-        },
-    )
-    mounted = (
-        series,
-        dicomweb,
-        wado,
-        erasures,
-        embeddings,
-        features,
-        predictions,
-        explanations,
-        dicom,
-        search,
-        exports,
-        heads,
-        reports,
-        jobs,
-        encoders,
-        health,
-        metrics,
-        page,
-    )
-    for router in mounted:
-        app.include_router(router.router)
-    app.state.metrics = registry
-    app.add_middleware(Bounded, settings=settings)
-    app.add_middleware(Timely, seconds=settings.max_upload_seconds, silent_seconds=settings.upload_silent_seconds)
-    app.add_middleware(Audited)
-    app.add_middleware(Authenticated, refuse=_on_error)
-    app.add_middleware(Timed, registry=registry)
-    app.add_middleware(Logged)
-    if traces.set_up("api"):
-        app.add_middleware(Traced)
-    if origins := [each.strip() for each in settings.cors_origins.split(",") if each.strip()]:
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_exception_handler(errors.KeysliceError, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(OSError, _on_full_disk)
-    app.add_exception_handler(OperationalError, _on_full_disk)
-    app.add_exception_handler(Exception, _on_bug)
-    _publish_problems(app)
-    return app
+    return lifespan
 
 
 async def _sweep_for_ever(sweep: Callable[[], None], seconds: float) -> None:
