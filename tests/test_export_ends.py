@@ -173,7 +173,9 @@ class Command:
     def __init__(self, *arguments: object, **environment: str) -> None:
         command = [sys.executable, "-m", "service.cli", "embed", *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True, **pipes)
+        self.process = subprocess.Popen(
+            command, env=os.environ | environment | {"PYTHONFAULTHANDLER": "1"}, start_new_session=True, **pipes
+        )
         self.progress: list[str] = []
 
     def until(self, said: str) -> None:
@@ -185,7 +187,11 @@ class Command:
 
     def end(self) -> tuple[int, str, str]:
         """Exit status, standard output, and what it said on standard error since."""
-        told, said = self.process.communicate(timeout=CALIBRATED)
+        try:
+            told, said = self.process.communicate(timeout=CALIBRATED)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # which says where it stands
+            pytest.fail("".join(self.process.communicate()))
         return self.process.returncode, told, said
 
     def interrupt(self) -> tuple[int, str, str]:

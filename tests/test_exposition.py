@@ -33,7 +33,7 @@ def test_the_service_counts_what_it_holds_and_times_its_answers(http):
     before = figures(http.get("/metrics").text)
     embed(http, slice_files(Identity(PATIENT), count=4, seed=71))
     http.get(f"/v1/patients/{PATIENT}/predictions?head=none")
-    http.request("BREW", f"/{PATIENT}")
+    http.request("PROPFIND", f"/{PATIENT}")
     answer = http.get("/metrics")
     after = figures(answer.text)
 

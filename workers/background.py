@@ -1,6 +1,7 @@
 """Long work of a worker process, in threads of its own: in its task, it would hold a thread that series need."""
 
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -18,13 +19,14 @@ class Background:
         self._name = name
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix=name)
         self._here: dict[str, Future[None]] = {}
+        self._looking = threading.Lock()
 
     def start(self, id: str, work: Callable[[], None]) -> None:
         """See to it, unless this process does already."""
-        here = self._here.get(id)
-        if here is None or here.done():
+        with self._looking:
             self._here = {each: future for each, future in self._here.items() if not future.done()}
-            self._here[id] = self._threads.submit(self._run, id, work)
+            if id not in self._here:
+                self._here[id] = self._threads.submit(self._run, id, work)
 
     def close(self, seconds: float) -> None:
         """Begin nothing more, and wait so long for what has begun: it was told to end."""
