@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def read_originals(data: Path) -> list[Original]:
     for path in sorted(data.glob("*/*.tar.xz")):
         with tarfile.open(path) as archive:
             members = (each for each in archive if each.isfile() and each.name.endswith(".dcm"))
-            for _, member in zip(range(PER_ARCHIVE), members, strict=False):
+            for member in islice(members, PER_ARCHIVE):
                 found.append(Original(member.name, archive.extractfile(member).read()))  # type: ignore[union-attr]
     return found
 

@@ -266,7 +266,7 @@ def test_a_training_whose_worker_is_told_to_end_goes_back_and_does_not_count_as_
     for _ in range(worker.settings.max_attempts + 1):
         thread = threading.Thread(target=pipeline.train_head, args=(accepted["head_id"], worker))
         thread.start()
-        while worker.stores.heads.get(accepted["head_id"]).state != "training":
+        while thread.is_alive() and worker.stores.heads.get(accepted["head_id"]).state != "training":
             time.sleep(0.001)
         worker.stopping.set()
         thread.join(timeout=60)

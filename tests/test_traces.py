@@ -10,15 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
+from google.protobuf.json_format import MessageToDict
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from posting import embed, slice_files
 
 from models.ct.phantom import Identity
 from service import traces
 from service.embedded import in_background
-
-pytest.importorskip("opentelemetry.sdk")
-from google.protobuf.json_format import MessageToDict
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 NAME = "TRACED-4417"
 PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
